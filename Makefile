@@ -1,0 +1,31 @@
+# Both targets are complete on a machine with Python >= 3.11, make and a C library: they make a virtual environment first.
+PYTHON ?= python3
+VENV ?= .venv
+FPSIM = $(VENV)/bin/fpsim
+
+.PHONY: demo test install bench clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+demo: install
+	$(FPSIM) run quickstart name=quickstart-fp32 emulation=null
+	$(FPSIM) run quickstart
+	$(FPSIM) report --last quickstart-fp32 --last quickstart
+
+test: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -n 2
+
+bench: install
+	$(VENV)/bin/python benchmarks/elementwise.py
+	$(VENV)/bin/python benchmarks/training_step.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

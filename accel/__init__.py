@@ -1,0 +1,41 @@
+"""The hardware: number formats, rounding, pruning and encodings, as a chip computes them, bit for bit."""
+
+from accel.codecs import (
+    CODECS,
+    BlockCounts,
+    CodecError,
+    Counts,
+    Footprint,
+    Packed,
+    count_blocks,
+    footprint,
+    footprint_of_blocks,
+    pack,
+    unpack,
+)
+from accel.formats import Format, format, formats
+from accel.operations import decode, encode, prune, prune_quantize, quantize
+from accel.random import stream_id
+
+__all__ = [
+    "CODECS",
+    "BlockCounts",
+    "CodecError",
+    "Counts",
+    "Footprint",
+    "Format",
+    "Packed",
+    "count_blocks",
+    "decode",
+    "encode",
+    "footprint",
+    "footprint_of_blocks",
+    "format",
+    "formats",
+    "pack",
+    "prune",
+    "prune_quantize",
+    "quantize",
+    "stream_id",
+    "unpack",
+]

@@ -1,0 +1,25 @@
+"""Sparse encodings: tensors to bit streams and back, and the bits that they cost (see README.md in this folder)."""
+
+from __future__ import annotations
+
+from accel.codecs.codec import Codec, CodecError
+from accel.codecs.counts import BlockCounts, Counts, count_blocks
+from accel.codecs.footprint import Footprint, footprint, footprint_of_blocks
+from accel.codecs.packed import Packed, pack, unpack
+from accel.codecs.registry import CODECS, find_codec
+
+__all__ = [
+    "CODECS",
+    "BlockCounts",
+    "Codec",
+    "CodecError",
+    "Counts",
+    "Footprint",
+    "Packed",
+    "count_blocks",
+    "find_codec",
+    "footprint",
+    "footprint_of_blocks",
+    "pack",
+    "unpack",
+]

@@ -1,0 +1,299 @@
+"""A tensor as one stream of bytes: header, offset table, blocks (the layout is drawn in README.md)."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from accel.codecs.arguments import (
+    MAX_DIMENSIONS,
+    as_float32,
+    checked_alpha,
+    checked_block,
+    checked_format,
+    checked_positive,
+)
+from accel.codecs.bits import crc32c, read_fields, write_fields
+from accel.codecs.codec import BLOCK, Codec, CodecError, Stream, Symbols, Tag
+from accel.codecs.counts import block_count
+from accel.codecs.registry import find_codec
+from accel.codecs.values import decode_values, encode_values
+from accel.formats import Format
+
+MAGIC = b"FPSM"
+VERSION = 1
+PREFIX = struct.Struct("<4sHI")  # magic, version, CRC-32C of everything after it
+# exponent bits, mantissa bits, bias, subnormals, dimensions, block, scale, alpha, metadata bytes, payload bytes
+FIELDS = struct.Struct("<BBhBBIffQQ")
+OFFSET_BYTES = 4
+MAX_BODY_BYTES = (1 << 32) - 1
+MAX_NUMEL = (1 << 61) - 1  # float32 elements that 63-bit byte counts reach
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stream says about itself. alpha 0 is none."""
+
+    codec: Codec
+    fmt: Format
+    shape: tuple[int, ...]
+    block: int
+    scale: np.float32
+    alpha: np.float32
+    metadata_bytes: int
+    payload_bytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def body_bytes(self) -> int:
+        return self.metadata_bytes + self.payload_bytes
+
+    @property
+    def blocks(self) -> int:
+        return block_count(self.numel, self.block)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An encoded tensor: its stream, and the header read from it. Made by `pack` and `from_bytes`."""
+
+    header: Header
+    stream: bytes
+
+    @property
+    def nbits(self) -> int:
+        return 8 * len(self.stream)
+
+    @property
+    def bits_by_part(self) -> dict[str, float]:
+        """Bits of `header`, `offsets`, `metadata` and `payload`, padding included: whole numbers that sum to nbits."""
+        header = self.header
+        return {
+            "header": 8 * header_bytes(header.codec, header.fmt, len(header.shape)),
+            "offsets": 8 * OFFSET_BYTES * header.blocks,
+            "metadata": 8 * header.metadata_bytes,
+            "payload": 8 * header.payload_bytes,
+        }
+
+    def to_bytes(self) -> bytes:
+        return self.stream
+
+    @staticmethod
+    def from_bytes(stream: bytes) -> Packed:
+        """The tensor that `to_bytes` gave. Raises CodecError, naming what is wrong, for anything else."""
+        if not isinstance(stream, bytes | bytearray | memoryview):
+            raise CodecError(f"a stream must be bytes (got {type(stream).__name__})")
+        stream = bytes(stream)
+        if len(stream) < PREFIX.size:
+            raise CodecError(f"the stream is truncated: {len(stream)} bytes, a header has at least {PREFIX.size}")
+        magic, version, checksum = PREFIX.unpack_from(stream)
+        if magic != MAGIC:
+            raise CodecError(f"not a packed tensor: it starts with {magic!r} (expected {MAGIC!r})")
+        if version != VERSION:
+            raise CodecError(f"the stream has version {version}; this program reads version {VERSION}")
+        if crc32c(memoryview(stream)[PREFIX.size :]) != checksum:
+            raise CodecError("the stream is damaged or truncated: its CRC-32C does not match")
+        packed = Packed(_read_header(stream), stream)
+        _check_length(packed)
+        return packed
+
+
+def pack(
+    x: torch.Tensor | npt.NDArray[np.floating],
+    codec: str = "alpha",
+    fmt: str | Mapping[str, object] | Format = "e4m3fn",
+    scale: float | None = None,
+    alpha: float | None = None,
+    block: int = BLOCK,
+) -> Packed:
+    """Encode a tensor (float32, bfloat16 or float16, any shape) without losing a bit: `unpack` gives it back.
+
+    Every value lies on scale * grid(fmt), the product rounded to float32, or equals +-alpha for a codec that tags
+    alpha; NaN becomes the format's canonical NaN. scale (None is 1) and alpha (None or 0 tags nothing) are taken in
+    float32. The stream is cut into blocks of `block` elements.
+    Raises CodecError for a value that does not fit, with its index, and for an argument out of range.
+    """
+    encoding, value = find_codec(codec), checked_format(fmt)
+    values, block = as_float32(x), checked_block(block)
+    factor, tagged = checked_positive("scale", 1.0 if scale is None else scale), checked_alpha(alpha)
+    flat = values.reshape(-1)
+    lengths = {"metadata": 0, "payload": 0}
+    offsets: list[int] = []
+    pieces: list[bytes] = []
+    for start in range(0, flat.size, block):
+        offsets.append(sum(lengths.values()))
+        symbols, exact = _symbols(flat[start : start + block], value, factor, tagged if encoding.tags_alpha else None)
+        if not exact.all():
+            raise CodecError(_misfit(values, start + int(np.argmin(exact)), encoding, value, factor))
+        for stream, fields in zip(encoding.streams, encoding.split(symbols), strict=True):
+            pieces.append(write_fields(fields, stream.bits or value.bits))
+            lengths[stream.part] += len(pieces[-1])
+        if sum(lengths.values()) > MAX_BODY_BYTES:
+            raise CodecError(
+                f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
+            )
+    header = Header(
+        encoding, value, values.shape, block, factor, tagged or np.float32(0), lengths["metadata"], lengths["payload"]
+    )
+    rest = b"".join([_write_header(header), np.array(offsets, "<u4").tobytes(), *pieces])
+    return Packed(header, PREFIX.pack(MAGIC, VERSION, crc32c(rest)) + rest)
+
+
+def unpack(packed: Packed) -> torch.Tensor:
+    """The tensor that was packed: CPU, float32, in its shape. Raises CodecError for a stream whose parts contradict."""
+    header = packed.header
+    bounds = _block_bounds(packed)
+    body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]
+    values = np.empty(header.numel, np.float32)
+    lengths = {"metadata": 0, "payload": 0}
+    for index, start in enumerate(range(0, header.numel, header.block)):
+        piece = values[start : start + header.block]
+        symbols = _read_block(body[bounds[index] : bounds[index + 1]], index, header, piece.size, lengths)
+        piece[:] = decode_values(symbols.codes, header.fmt, header.scale)
+        piece[symbols.tags == Tag.POSITIVE_ALPHA] = header.alpha
+        piece[symbols.tags == Tag.NEGATIVE_ALPHA] = -header.alpha
+    if lengths != {"metadata": header.metadata_bytes, "payload": header.payload_bytes}:
+        raise CodecError(
+            f"the blocks hold {lengths['metadata']} bytes of metadata and {lengths['payload']} of payload; the header "
+            f"says {header.metadata_bytes} and {header.payload_bytes}"
+        )
+    return torch.from_numpy(values.reshape(header.shape))
+
+
+def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
+    """Length of a header, its prefix included."""
+    return PREFIX.size + FIELDS.size + sum(len(_text(text)) for text in _names(codec, fmt)) + 8 * dimensions
+
+
+def _symbols(
+    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32 | None
+) -> tuple[Symbols, npt.NDArray[np.bool_]]:
+    """The symbols of x, and which of them give the element back bit for bit (any NaN for a NaN)."""
+    codes = encode_values(x, fmt, scale)
+    decoded = decode_values(codes, fmt, scale)
+    exact = (decoded.view(np.int32) == x.view(np.int32)) | (np.isnan(decoded) & np.isnan(x))
+    tags = (codes != 0).astype(np.uint8)
+    if alpha is not None:
+        tagged = np.abs(x) == alpha
+        exact |= tagged
+        codes[tagged] = 0
+        tags[tagged] = np.where(x[tagged] > 0, Tag.POSITIVE_ALPHA, Tag.NEGATIVE_ALPHA)
+    return Symbols(tags, codes), exact
+
+
+def _misfit(values: npt.NDArray[np.float32], flat: int, codec: Codec, fmt: Format, scale: np.float32) -> str:
+    position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
+    grid = f"a value of {fmt.name}" if scale == 1 else f"{scale!s} times a value of {fmt.name}"
+    alphas = " or +-alpha" if codec.tags_alpha else ""
+    return (
+        f"element {flat} (index {position}) is {values.reshape(-1)[flat]!s}: codec {codec.name!r} needs {grid}{alphas}"
+        "; quantize the tensor first"
+    )
+
+
+def _read_block(
+    data: npt.NDArray[np.uint8], index: int, header: Header, numel: int, lengths: dict[str, int]
+) -> Symbols:
+    """The symbols of one block; the bytes of each part are added to `lengths`."""
+    position = 0
+
+    def read(stream: Stream, count: int) -> npt.NDArray[np.uint32]:
+        nonlocal position
+        bits = stream.bits or header.fmt.bits
+        start, position = position, position + -(-count * bits // 8)
+        if position > data.size:
+            raise CodecError(f"block {index} is {data.size} bytes long, its streams go on to byte {position}")
+        lengths[stream.part] += position - start
+        return read_fields(data[start:position], bits, count)
+
+    symbols = header.codec.join(read, numel)
+    if position != data.size:
+        raise CodecError(f"block {index} is {data.size} bytes long, its streams end at byte {position}")
+    if header.alpha == 0 and (symbols.tags > Tag.VALUE).any():
+        raise CodecError(f"block {index} holds +-alpha, but the header has no alpha")
+    return symbols
+
+
+def _block_bounds(packed: Packed) -> npt.NDArray[np.int64]:
+    """Where each block starts in the body, and where the last one ends."""
+    header = packed.header
+    first = len(packed.stream) - header.body_bytes - OFFSET_BYTES * header.blocks
+    offsets = np.frombuffer(packed.stream, "<u4", header.blocks, first)
+    bounds = np.append(offsets.astype(np.int64), header.body_bytes)
+    if bounds[0] != 0 or (np.diff(bounds) < 0).any():
+        raise CodecError("the stream's block offsets do not rise from 0 to the end of its body")
+    return bounds
+
+
+def _names(codec: Codec, fmt: Format) -> tuple[str, str, str]:
+    return codec.name, fmt.policy, fmt.name
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    if len(encoded) > 255:
+        raise CodecError(f"a format's name may have 255 bytes (got {len(encoded)}: {text[:40]!r}...)")
+    return bytes([len(encoded)]) + encoded
+
+
+def _write_header(header: Header) -> bytes:
+    fmt = header.fmt
+    fields = FIELDS.pack(
+        fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.subnormals, len(header.shape), header.block,
+        header.scale, header.alpha, header.metadata_bytes, header.payload_bytes,
+    )  # fmt: skip
+    names = b"".join(_text(text) for text in _names(header.codec, fmt))
+    return fields + names + struct.pack(f"<{len(header.shape)}Q", *header.shape)
+
+
+def _read_header(stream: bytes) -> Header:
+    try:
+        fields = FIELDS.unpack_from(stream, PREFIX.size)
+        exponent_bits, mantissa_bits, bias, subnormals, dimensions, block, scale, alpha, *part_bytes = fields
+        position = PREFIX.size + FIELDS.size
+        names = []
+        for _ in range(3):
+            (length,) = struct.unpack_from("<B", stream, position)
+            (name,) = struct.unpack_from(f"<{length}s", stream, position + 1)
+            names.append(name.decode())
+            position += 1 + length
+        codec, policy, name = names
+        if dimensions > MAX_DIMENSIONS:
+            raise CodecError(f"{dimensions} dimensions; at most {MAX_DIMENSIONS}")
+        shape = struct.unpack_from(f"<{dimensions}Q", stream, position)
+        if math.prod(max(size, 1) for size in shape) > MAX_NUMEL:
+            raise CodecError(f"shape {shape} is larger than any tensor")
+        if subnormals > 1:
+            raise CodecError(f"subnormals must be 0 or 1 (got {subnormals})")
+        return Header(
+            find_codec(codec),
+            Format(name, exponent_bits, mantissa_bits, bias, policy, bool(subnormals)),
+            shape,
+            checked_block(block),
+            checked_positive("scale", scale),
+            checked_alpha(alpha) or np.float32(0),
+            *part_bytes,
+        )
+    except (struct.error, ValueError) as error:
+        raise CodecError(f"the stream's header is wrong: {error}") from None
+
+
+def _check_length(packed: Packed) -> None:
+    """CodecError unless the stream is as long as its header says and long enough for the tensor that it describes."""
+    header = packed.header
+    front = header_bytes(header.codec, header.fmt, len(header.shape)) + OFFSET_BYTES * header.blocks
+    length = front + header.body_bytes
+    if length != len(packed.stream):
+        raise CodecError(f"the stream is {len(packed.stream)} bytes long, its header says {length}")
+    widths = [stream.bits or header.fmt.bits for stream in header.codec.streams if stream.count == "numel"]
+    if header.numel * sum(widths) > 8 * header.body_bytes:
+        raise CodecError(f"{header.body_bytes} bytes of blocks are too few for the shape {header.shape}")

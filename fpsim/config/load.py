@@ -1,0 +1,355 @@
+"""From YAML files and overrides to a validated Config, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from fpsim.config.presets import Kind, find_file, preset_files
+from fpsim.config.schema import Config, Section, Source
+from fpsim.config.tree import (
+    MAX_DEPTH,
+    Node,
+    Position,
+    child,
+    from_data,
+    merge,
+    problem,
+    problem_in,
+    shown,
+    to_data,
+    without,
+)
+from fpsim.config.tree import Path as KeyPath
+from fpsim.config.yaml_loader import dump_yaml, parse_yaml, read_yaml
+from fpsim.errors import ConfigError, Problem
+
+MAX_CHAIN = 16
+OVERRIDES = Position("<overrides>")
+
+# Keys that name files to build on; they are resolved away before validation.
+BASE_KEYS: dict[KeyPath, tuple[str, Kind]] = {
+    (): ("extends", "experiments"),
+    ("emulation",): ("accelerator", "accelerators"),
+}
+_BASE_DESCRIPTIONS = {
+    "extends": "Configurations to build on, merged in order: the name of an experiment, or a path from this file.",
+    "accelerator": "Descriptions of hardware to build on, merged in order: names of presets, or paths from this file.",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file, or of the experiment of that name.
+
+    Args:
+        path: a file, or the bare name of one in configs/experiments.
+        overrides: "a.b.c=value", applied in order; a value is YAML, a part of the key may be a list index.
+    Raises ConfigError with every problem found.
+    """
+    try:
+        file = find_file(str(path), "experiments", Path())
+    except ValueError as error:
+        raise ConfigError([Problem("", str(error))]) from None
+    return _validated(_with_bases(read_yaml(file), (), (file.resolve(),)), overrides)
+
+
+def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of plain data; files are looked up from the current directory. Raises ConfigError."""
+    tree = from_data(mapping)
+    if not isinstance(tree.value, dict):
+        raise ConfigError([Problem("", f"the configuration must be a mapping (got {shown(mapping)})")])
+    return _validated(_with_bases(tree, (), ()), overrides)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` reads back to an equal one."""
+    return dump_yaml(config.model_dump())
+
+
+def config_hash(config: Config) -> str:
+    """8 hex digits of the SHA-256 of everything that can change a run's results or its name."""
+    data = config.model_dump(mode="json", exclude={"output", "threads"})
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a configuration file, for editors.
+
+    A file may leave any key to the one that it extends, so only the top level of a file without `extends` has required
+    keys; `load_config` checks the rest once everything is merged.
+    """
+    schema = Config.model_json_schema()
+    required = schema["required"]
+    _relax(schema)
+    for path, (key, _) in BASE_KEYS.items():
+        properties = (schema["$defs"]["Emulation"] if path else schema)["properties"]
+        one_or_more: list[dict[str, Any]] = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+        properties[key] = {"anyOf": [*one_or_more, {"type": "null"}], "description": _BASE_DESCRIPTIONS[key]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "anyOf": [{"required": ["extends"]}, {"required": required}],
+    }
+
+
+def _relax(schema: Any) -> None:
+    """Drops `required` in place, and lets a partial mapping match several members of a union."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("required"), list):
+            del schema["required"]
+        if "oneOf" in schema:
+            schema["anyOf"] = schema.pop("oneOf")
+        for value in schema.values():
+            _relax(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            _relax(value)
+
+
+# --- files that build on files --------------------------------------------------------------------------------------
+
+
+def _with_bases(node: Node, path: KeyPath, chain: tuple[Path, ...]) -> Node:
+    """The mapping `node` at `path`, laid on the files that its base key names; `chain`: the files being read."""
+    if not isinstance(node.value, dict):
+        return node
+    key, kind = BASE_KEYS[path]
+    reference = node.value.get(key)
+    if reference is None:
+        return node
+    merged: Node | None = None
+    for one in _references(reference, (*path, key)):
+        file = _find(one, kind, (*path, key))
+        if file.resolve() in chain:
+            raise ConfigError([problem((*path, key), f"{one.value!r} builds on itself", one.at)])
+        if len(chain) >= MAX_CHAIN:
+            raise ConfigError([problem((*path, key), f"more than {MAX_CHAIN} files build on each other", one.at)])
+        base = _with_bases(read_yaml(file), path, (*chain, file.resolve()))
+        merged = base if merged is None else merge(merged, base, path)
+    own = without(node, key)
+    return own if merged is None else merge(merged, own, path)
+
+
+def _references(node: Node, path: KeyPath) -> list[Node]:
+    nodes = node.value if isinstance(node.value, list) else [] if node.value is None else [node]
+    for one in nodes:
+        if not isinstance(one.value, str) or not one.value:
+            raise ConfigError([problem(path, f"must be a name or a path (got {shown(one.value)})", one.at)])
+    if len({one.value for one in nodes}) < len(nodes):
+        raise ConfigError([problem(path, "names a file twice", node.at)])
+    return nodes
+
+
+def _find(reference: Node, kind: Kind, path: KeyPath) -> Path:
+    """The file that a node names, relative to the file that it was written in."""
+    at = reference.at
+    folder = Path(at.file).parent if at is not None and at is not OVERRIDES else Path()
+    try:
+        return find_file(reference.value, kind, folder)
+    except ValueError as error:
+        raise ConfigError([problem(path, str(error), at)]) from None
+
+
+def _with_accelerator(tree: Node) -> Node:
+    emulation = child(tree, "emulation")
+    if emulation is None:
+        return tree
+    return Node({**tree.value, "emulation": _with_bases(emulation, ("emulation",), ())}, tree.at, tree.key_at)
+
+
+def _with_formats(node: Node, path: KeyPath = ("emulation",)) -> Node:
+    """Replaces the names of format files below `emulation` by what the files say."""
+    if isinstance(node.value, list):
+        return Node([_with_formats(item, (*path, i)) for i, item in enumerate(node.value)], node.at, node.key_at)
+    if isinstance(node.value, dict):
+        children = {key: _with_formats(item, (*path, key)) for key, item in node.value.items()}
+        return Node(children, node.at, node.key_at)
+    if path[-1] != "format" or not isinstance(node.value, str):
+        return node
+    if not node.value.endswith((".yaml", ".yml")) and node.value not in preset_files("formats"):
+        return node
+    file = _find(node, "formats", path)
+    named = Node({"name": Node(file.stem, node.at, node.key_at)})
+    return merge(named, read_yaml(file))
+
+
+# --- overrides ------------------------------------------------------------------------------------------------------
+
+
+def _overridden(tree: Node, override: str) -> Node:
+    """`tree` with one "a.b.c=value" applied. Raises ConfigError."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError([problem((), f"an override must be key=value (got {shown(override)})", OVERRIDES)])
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError([problem(tuple(parts[:3]), f"nested deeper than {MAX_DEPTH} levels", OVERRIDES)])
+    if parts[0] == "extends":
+        raise ConfigError([problem(("extends",), "can be given only in a file", OVERRIDES)])
+    if any(part.isdecimal() for part in parts):
+        tree = _with_accelerator(tree)
+    try:
+        value = parse_yaml(text, OVERRIDES.file)
+    except ConfigError as error:
+        raise ConfigError([problem(tuple(parts), one.message, OVERRIDES) for one in error.problems]) from None
+    return _replaced(tree, (), parts, _placed(value))
+
+
+def _placed(node: Node) -> Node:
+    """The tree with every position set to the overrides."""
+    value = node.value
+    if isinstance(value, dict):
+        value = {key: _placed(item) for key, item in value.items()}
+    elif isinstance(value, list):
+        value = [_placed(item) for item in value]
+    return Node(value, OVERRIDES, OVERRIDES)
+
+
+def _replaced(node: Node, path: KeyPath, parts: Sequence[str], value: Node) -> Node:
+    """`node` (at `path`) with the value below it at `parts` replaced."""
+    if not parts:
+        return value
+    part, rest = parts[0], parts[1:]
+    here = ".".join(map(str, path))
+    if isinstance(node.value, list):
+        if not part.isdecimal() or int(part) >= len(node.value):
+            message = f"{here} is a list of {len(node.value)}: its indices count from 0 (got {shown(part)})"
+            raise ConfigError([problem((*path, part), message, OVERRIDES)])
+        items = list(node.value)
+        items[int(part)] = _replaced(items[int(part)], (*path, int(part)), rest, value)
+        return Node(items, node.at, node.key_at)
+    if node.value is not None and not isinstance(node.value, dict):
+        message = f"{here} is not a mapping (it is {shown(node.value)})"
+        raise ConfigError([problem((*path, part), message, OVERRIDES)])
+    children = node.value or {}
+    below = children.get(part, Node(None, OVERRIDES, OVERRIDES))
+    return Node({**children, part: _replaced(below, (*path, part), rest, value)}, node.at, node.key_at)
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+def _validated(tree: Node, overrides: Sequence[str]) -> Config:
+    for override in overrides:
+        tree = _overridden(tree, override)
+    tree = _with_accelerator(tree)
+    if (emulation := child(tree, "emulation")) is not None:
+        tree = Node({**tree.value, "emulation": _with_formats(emulation)}, tree.at, tree.key_at)
+    try:
+        config = Config.model_validate(to_data(tree))
+    except ValidationError as error:
+        raise ConfigError(_problems(tree, error.errors(include_url=False))) from None
+    config._source = Source(tree)
+    return config
+
+
+def _problems(tree: Node, errors: list[ErrorDetails]) -> list[Problem]:
+    newer = [error for error in errors if error["type"] == "newer_version"]
+    problems = [_problem(tree, error) for error in newer or errors]
+    return sorted(problems, key=lambda one: (one.file or "", one.line or 0, one.column or 0))
+
+
+def _problem(tree: Node, error: ErrorDetails) -> Problem:
+    path, models = _walk(error["loc"])
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        base_keys = [key for place, (key, _) in BASE_KEYS.items() if place == path[:-1]]
+        message = "unknown key" + _suggestion(path[-1], [*models[0].model_fields, *base_keys])
+        return problem_in(tree, path, message, at_key=True)
+    if kind in {"missing", "union_tag_not_found"}:
+        path = path if kind == "missing" else (*path, "name")
+        return problem_in(tree, path, "missing; this key is required")
+    if kind == "union_tag_invalid":
+        return problem_in(
+            tree, (*path, "name"), _choice(context["tag"], " or ".join(context["expected_tags"].rsplit(", ", 1)))
+        )
+    if kind == "literal_error":
+        return problem_in(tree, path, _choice(given, context["expected"]))
+    if kind == "section":
+        return problem_in(tree, (*path, *context["at"].split(".")), context["message"])
+    if kind == "newer_version":
+        return problem_in(tree, path, context["message"])
+    if kind == "value_error":
+        return problem_in(tree, path, " ".join(str(context["error"]).split()))
+    return problem_in(tree, path, f"{_requirement(error)} (got {shown(given)})")
+
+
+_REQUIREMENTS = {
+    "bool_type": "must be true or false",
+    "finite_number": "must be finite",
+    "float_type": "must be a number",
+    "greater_than": "must be > {gt}",
+    "greater_than_equal": "must be >= {ge}",
+    "int_type": "must be an integer",
+    "less_than": "must be < {lt}",
+    "less_than_equal": "must be <= {le}",
+    "list_type": "must be a list",
+    "model_attributes_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "string_pattern_mismatch": "must match {pattern}",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} values",
+    "too_short": "must have at least {min_length} values",
+}
+
+
+def _requirement(error: ErrorDetails) -> str:
+    text = _REQUIREMENTS.get(error["type"])
+    if text is None:
+        return error["msg"]
+    limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in error.get("ctx", {}).items()}
+    return text.format(**limits)
+
+
+def _choice(given: Any, allowed: str) -> str:
+    """`allowed` as pydantic writes it: quoted names with commas."""
+    names = re.findall("'([^']+)'", allowed)
+    return f"must be {allowed} (got {shown(given)}){_suggestion(given, names)}"
+
+
+def _suggestion(given: Any, names: Sequence[str]) -> str:
+    near = get_close_matches(given, names, n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _walk(location: tuple[int | str, ...]) -> tuple[KeyPath, list[type[Section]]]:
+    """The path of a pydantic error without the tags of unions, and the models that may stand there (for an unknown key:
+    the model that does not have it)."""
+    path: KeyPath = ()
+    models: list[type[Section]] = [Config]
+    is_union = False
+    for part in location:
+        if is_union:
+            models = [model for model in models if len(models) == 1 or model.model_fields["name"].default == part]
+            is_union = False
+            continue
+        path = (*path, part)
+        if isinstance(part, int):
+            continue
+        field = models[0].model_fields.get(part)
+        if field is None:
+            break
+        options = _options(field.annotation)
+        models = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+        is_union = len(options) > 1
+    return path, models
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The types that a value (or item of a list) may have, None left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated or origin is list:
+        return _options(get_args(annotation)[0])
+    if origin is Union or origin is UnionType:
+        return [option for argument in get_args(annotation) for option in _options(argument)]
+    return [] if annotation is NoneType else [annotation]

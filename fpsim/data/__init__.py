@@ -1,0 +1,9 @@
+"""Image sets: what ships inside installed packages, and readers of local files in their published layouts."""
+
+from __future__ import annotations
+
+from fpsim.data.dataset import Dataset, Split
+from fpsim.data.errors import DataError
+from fpsim.data.registry import load, names
+
+__all__ = ["DataError", "Dataset", "Split", "load", "names"]

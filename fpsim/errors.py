@@ -1,0 +1,44 @@
+"""The errors that fpsim shows to its users instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+WIDEST_SOURCE_LINE = 160
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, and where: `line` and `column` count from 1; None where there is no file."""
+
+    path: str
+    message: str
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    source_line: str | None = None
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+        summary = ": ".join(part for part in (place, self.path, self.message) if part)
+        if self.source_line is None or self.column is None or self.column > WIDEST_SOURCE_LINE:
+            return summary
+        indent = "".join("\t" if character == "\t" else " " for character in self.source_line[: self.column - 1])
+        return f"{summary}\n    {self.source_line[:WIDEST_SOURCE_LINE]}\n    {indent}^"
+
+
+class FpsimError(Exception):
+    """Base of the errors that end a command with one clear message."""
+
+
+class ConfigError(FpsimError):
+    """The user's mistake (exit code 2). `problems` holds every one that was found."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RunError(FpsimError):
+    """A run that failed (exit code 1)."""

@@ -1,0 +1,163 @@
+"""Every number of the report, computed once from the runs' results."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fpsim.report.results import Bits, Results, TensorRecord
+
+BITS_PER_MIB = 8 * 2**20
+ROLES = ("weight", "master", "optimizer_state", "weight_gradient", "activation", "norm_input", "gradient")
+SPARSITIES = ("asked_percent", "achieved_percent", "lognormal_percent", "lognormal_miss_points")
+PASSES = ("forward", "dgrad", "wgrad", "update")
+COPIED = (
+    "name", "config_hash", "status", "seed", "emulated", "epochs", "steps", "wall_seconds", "model", "parameters",
+    "data", "test_accuracy_percent", "best_test_accuracy_percent", "history", "environment",
+)  # fmt: skip
+LIKE_FOR_LIKE = ("model", "parameters", "data", "seed", "epochs", "steps")
+
+
+def comparison(results: Sequence[Results]) -> dict[str, Any]:
+    """The runs beside each other: plain data, from which the text, the HTML and the plots are made.
+
+    `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
+    measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
+    in percent (weighted by elements), `gradient_bits` and `gradients` (one entry per layer), `tensors`, `history`.
+    What a run does not have is None.
+    """
+    labels = _labels(results)
+    float32_runs = [index for index, result in enumerate(results) if not result["emulated"]]
+    return {"runs": [_run(results, labels, index, float32_runs) for index in range(len(results))]}
+
+
+def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs: list[int]) -> dict[str, Any]:
+    result = results[index]
+    ledger = result["ledger"]
+    gradients = _gradients(result)
+    pruned = [row for row in gradients if row["asked_percent"] is not None]
+    footprint, traffic = ledger["footprint_bits"], ledger["traffic_bits_per_step"]
+    return {
+        **{key: value for key, value in result.items() if key in COPIED},
+        "label": labels[index],
+        "baseline": _baseline(results, labels, index, float32_runs) if result["emulated"] else None,
+        "sampled_steps": len(ledger["sampled_steps"]),
+        "footprint": {"total": _sizes(footprint["total"]), "by_role": _table_of_sizes(footprint["by_role"], ROLES)},
+        "traffic": {
+            "total": _sizes(traffic["total"]),
+            "by_role": _table_of_sizes(traffic["by_role"], ROLES),
+            "by_pass": _table_of_sizes(traffic["by_pass"], PASSES),
+        },
+        "sparsity": {key: _mean(pruned, key) for key in SPARSITIES},
+        "gradient_bits": _mean(gradients, "bits_per_element"),
+        "pruned_gradient_bits": _mean(pruned, "bits_per_element"),
+        "pruned_tag_entropy": _mean(pruned, "tag_entropy"),
+        "pruned_order0_entropy": _mean(pruned, "order0_entropy"),
+        "pruned_other_codecs": {
+            codec: _mean([{"numel": row["numel"], codec: row["other_codecs"].get(codec)} for row in pruned], codec)
+            for codec in dict.fromkeys(codec for row in pruned for codec in row["other_codecs"])
+        },
+        "gradients": gradients,
+        "tensors": ledger["tensors"],
+    }
+
+
+def _labels(results: Sequence[Results]) -> list[str]:
+    """One distinct label per run: its name, with the configuration's hash and a number where names repeat."""
+    names = Counter(result["name"] for result in results)
+    labels = [
+        result["name"] if names[result["name"]] == 1 else f"{result['name']} {result['config_hash']}"
+        for result in results
+    ]
+    repeated = {label for label, count in Counter(labels).items() if count > 1}
+    return [
+        f"{label} #{labels[: index + 1].count(label)}" if label in repeated else label
+        for index, label in enumerate(labels)
+    ]
+
+
+def _baseline(
+    results: Sequence[Results], labels: list[str], index: int, float32_runs: list[int]
+) -> dict[str, Any] | None:
+    """The float32 run that has most in common with this one, what they differ in, and the accuracy between them."""
+    if not float32_runs:
+        return None
+    run: Any = results[index]
+
+    def differences(other: int) -> dict[str, tuple[Any, Any]]:
+        reference: Any = results[other]
+        return {key: (run[key], reference[key]) for key in LIKE_FOR_LIKE if run[key] != reference[key]}
+
+    nearest = min(float32_runs, key=lambda other: len(differences(other)))
+    ours, theirs = run["test_accuracy_percent"], results[nearest]["test_accuracy_percent"]
+    return {
+        "label": labels[nearest],
+        "differences": differences(nearest),
+        "accuracy_difference_points": None if ours is None or theirs is None else ours - theirs,
+    }
+
+
+def _sizes(bits: Bits) -> dict[str, float | None]:
+    encoded = bits["encoded"]
+    return {
+        "encoded_mib": encoded / BITS_PER_MIB,
+        "fp32_mib": bits["fp32"] / BITS_PER_MIB,
+        "bf16_mib": bits["bf16"] / BITS_PER_MIB,
+        "fp32_ratio": bits["fp32"] / encoded if encoded else None,
+        "bf16_ratio": bits["bf16"] / encoded if encoded else None,
+    }
+
+
+def _table_of_sizes(bits: dict[str, Bits], order: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    keys = [key for key in order if key in bits] + [key for key in bits if key not in order]
+    return {key: _sizes(bits[key]) for key in keys}
+
+
+def _gradients(result: Results) -> list[dict[str, Any]]:
+    """One entry per layer that has a neural gradient, in the ledger's order: pruning and encoding joined."""
+    recorded = {record["layer"]: record for record in result["ledger"]["tensors"] if record["role"] == "gradient"}
+    pruned = {entry["layer"]: entry for entry in result["gradients"]}
+    rows = []
+    for layer in dict.fromkeys([*recorded, *pruned]):
+        entry, record = pruned.get(layer), recorded.get(layer)
+        asked = entry["asked_sparsity"] if entry else None
+        lognormal = entry["lognormal_rule_sparsity"] if entry else None
+        rows.append(
+            {
+                "layer": layer,
+                "asked_percent": _percent(asked),
+                "achieved_percent": _percent(entry["achieved_sparsity"] if entry else None),
+                "achieved_std_points": _percent(entry["achieved_std"] if entry else None),
+                "miss_points": _percent(entry["achieved_sparsity"] - entry["asked_sparsity"] if entry else None),
+                "lognormal_percent": _percent(lognormal),
+                "lognormal_miss_points": _percent(None if lognormal is None or asked is None else lognormal - asked),
+                **_encoding(record),
+            }
+        )
+    return rows
+
+
+def _encoding(record: TensorRecord | None) -> dict[str, Any]:
+    return {
+        "numel": record["numel"] if record else None,
+        "format": record["format"] if record else None,
+        "codec": record["codec"] if record else None,
+        "bits_per_element": record["bits_per_element"] if record else None,
+        "tag_entropy": record["tag_entropy_bits_per_element"] if record else None,
+        "order0_entropy": record["order0_entropy_bits_per_element"] if record else None,
+        "other_codecs": record["other_codecs_bits_per_element"] if record else {},
+    }
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def _mean(rows: Iterable[dict[str, Any]], key: str) -> float | None:
+    """Mean of `key` weighted by elements; None unless every row has it."""
+    weighted = [(row["numel"], row[key]) for row in rows]
+    if not weighted or any(numel is None or value is None for numel, value in weighted):
+        return None
+    elements = sum(numel for numel, _ in weighted)
+    return sum(numel * value for numel, value in weighted) / elements if elements else None

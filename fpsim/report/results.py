@@ -1,0 +1,165 @@
+"""results.json: what a run leaves behind for the report, and how it is read back."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic_core import ErrorDetails, from_json
+from typing_extensions import TypedDict
+
+from fpsim.errors import ConfigError, Problem
+
+SCHEMA_VERSION = 1
+FILE_NAME = "results.json"
+
+
+class Bits(TypedDict):
+    """The same tensors as this run stores them, and as a dense float32 or bfloat16 run would."""
+
+    encoded: float
+    fp32: float
+    bf16: float
+
+
+class Footprint(TypedDict):
+    """Bits alive at once, peak over a step."""
+
+    total: Bits
+    by_role: dict[str, Bits]
+
+
+class Traffic(TypedDict):
+    """Bits read and written in one step."""
+
+    total: Bits
+    by_role: dict[str, Bits]
+    by_pass: dict[str, Bits]
+
+
+class EncodedBits(TypedDict):
+    """One tensor's stream, part by part."""
+
+    header: float
+    offsets: float
+    metadata: float
+    payload: float
+    total: float
+
+
+class TensorRecord(TypedDict):
+    """One tensor of one layer, means over the sampled steps; entropies are None where they were not counted."""
+
+    layer: str
+    role: str
+    format: str
+    codec: str
+    numel: float
+    nonzeros: float
+    alphas: float
+    survivors: float
+    value_bits: int
+    bits: EncodedBits
+    bits_per_element: float
+    tag_entropy_bits_per_element: float | None
+    order0_entropy_bits_per_element: float | None
+    other_codecs_bits_per_element: dict[str, float]
+
+
+class LedgerSummary(TypedDict):
+    """What was stored and moved, counted on the sampled steps."""
+
+    sampled_steps: list[int]
+    footprint_bits: Footprint
+    traffic_bits_per_step: Traffic
+    tensors: list[TensorRecord]
+
+
+class EpochRecord(TypedDict):
+    """Metrics at the end of one epoch; None where an epoch measured nothing of the kind."""
+
+    epoch: int
+    step: int
+    learning_rate: float
+    train_loss: float | None
+    train_accuracy_percent: float | None
+    test_loss: float | None
+    test_accuracy_percent: float | None
+    gradient_sparsity: float | None
+
+
+class PrunedGradient(TypedDict):
+    """One layer's pruned neural gradient, means over every step; the lognormal rule saw the same tensors."""
+
+    layer: str
+    asked_sparsity: float
+    achieved_sparsity: float
+    achieved_std: float
+    lognormal_rule_sparsity: float | None
+    alpha_share_of_nonzeros: float | None
+    steps: int
+
+
+@with_config({"strict": True})
+class Results(TypedDict):
+    """The whole of results.json, schema version 1; a run that did not complete may lack its accuracy."""
+
+    schema_version: int
+    name: str
+    config_hash: str
+    status: str
+    seed: int
+    emulated: bool
+    epochs: int
+    steps: int
+    wall_seconds: float
+    model: str
+    parameters: int
+    data: str
+    test_accuracy_percent: float | None
+    best_test_accuracy_percent: float | None
+    test_loss: float | None
+    history: list[EpochRecord]
+    gradients: list[PrunedGradient]
+    ledger: LedgerSummary
+    environment: dict[str, Any]
+
+
+def load_results(run_dir: Path) -> Results:
+    """Read and check `run_dir`/results.json.
+
+    Raises ConfigError where the directory or the file is missing, is not JSON, lacks a field or holds a wrong one, or
+    has another schema version than this fpsim reads.
+    """
+    if not run_dir.is_dir():
+        siblings = [path.name for path in run_dir.parent.iterdir()] if run_dir.parent.is_dir() else []
+        nearest = get_close_matches(run_dir.name, siblings, n=1)
+        raise _error(run_dir, "no such run directory" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+    file = run_dir / FILE_NAME
+    try:
+        data = from_json(file.read_bytes())
+    except FileNotFoundError:
+        message = f"no {FILE_NAME} in it: not a run directory, or a run that has not finished (see `fpsim resume`)"
+        raise _error(run_dir, message) from None
+    except OSError as error:
+        raise _error(file, f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _error(file, f"not valid JSON: {error}") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise _error(file, f"expected schema_version {SCHEMA_VERSION}, got {version!r}", "schema_version")
+    try:
+        return TypeAdapter(Results).validate_python(data)
+    except ValidationError as error:
+        raise ConfigError(_problem(file, item) for item in error.errors()) from error
+
+
+def _problem(file: Path, item: ErrorDetails) -> Problem:
+    got = "" if item["type"] == "missing" else f" (got {item['input']!r:.80})"
+    return Problem(".".join(map(str, item["loc"])), f"{item['msg'].lower()}{got}", str(file))
+
+
+def _error(place: Path, message: str, field: str = "") -> ConfigError:
+    return ConfigError([Problem(field, message, str(place))])

@@ -1,0 +1,205 @@
+"""The comparison as tables, cards and notes of finished strings; the terminal and the HTML only lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ABSENT = "–"  # noqa: RUF001
+
+RunRow = tuple[str, Callable[[dict[str, Any]], str]]  # title, and the cell of a run
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of finished cells under a header; the first column names the row, the others are right-aligned."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    has_total: bool = False
+    wraps: bool = False  # cells may hold text that wraps, not only numbers
+
+
+@dataclass(frozen=True)
+class Card:
+    """One headline number."""
+
+    title: str
+    value: str
+    detail: str
+
+
+def number(value: float | None, decimals: int = 2, sign: str = "") -> str:
+    """`value` with thousands separators; a dash where there is none."""
+    return ABSENT if value is None else f"{value:{sign},.{decimals}f}"
+
+
+def runs_table(comparison: dict[str, Any]) -> Table:
+    """One column per run."""
+    rows: list[RunRow] = [
+        ("arithmetic", lambda run: "emulated" if run["emulated"] else "float32"),
+        ("model", lambda run: f"{run['model']}, {run['parameters']:,} parameters"),
+        ("data", lambda run: run["data"]),
+        ("status", lambda run: run["status"]),
+        ("seed", lambda run: str(run["seed"])),
+        ("epochs (steps)", lambda run: f"{run['epochs']} ({run['steps']:,})"),
+        ("test accuracy, final (%)", lambda run: number(run["test_accuracy_percent"])),
+        ("test accuracy, best (%)", lambda run: number(run["best_test_accuracy_percent"])),
+        ("final, against float32 (points)", _accuracy_difference),
+        *_size_rows("peak footprint", "footprint"),
+        *_size_rows("traffic per step", "traffic"),
+        ("gradient sparsity asked (%)", lambda run: number(run["sparsity"]["asked_percent"], 1)),
+        ("gradient sparsity achieved (%)", lambda run: number(run["sparsity"]["achieved_percent"], 1)),
+        ("bits per gradient element", lambda run: number(run["gradient_bits"])),
+        ("wall time (s)", lambda run: number(run["wall_seconds"], 1)),
+    ]
+    runs = comparison["runs"]
+    return Table(
+        title="Runs",
+        header=("", *(run["label"] for run in runs)),
+        rows=tuple((title, *(cell(run) for run in runs)) for title, cell in rows),
+        wraps=True,
+    )
+
+
+def footprint_table(run: dict[str, Any]) -> Table:
+    """Peak footprint per role."""
+    return _sizes_table("Peak footprint by role", "role", run["footprint"]["by_role"], run["footprint"]["total"])
+
+
+def traffic_tables(run: dict[str, Any]) -> tuple[Table, Table]:
+    """Traffic per step: per role, per pass."""
+    traffic = run["traffic"]
+    return (
+        _sizes_table("Traffic per step by role", "role", traffic["by_role"], traffic["total"]),
+        _sizes_table("Traffic per step by pass", "pass", traffic["by_pass"], traffic["total"]),
+    )
+
+
+def gradients_table(run: dict[str, Any]) -> Table:
+    """One row per layer with a neural gradient; the last one is the pruned layers' mean, weighted by elements."""
+    codecs = tuple(dict.fromkeys(codec for row in run["gradients"] for codec in row["other_codecs"]))
+    rows = [
+        (
+            row["layer"],
+            number(row["asked_percent"], 1),
+            _mean_and_deviation(row["achieved_percent"], row["achieved_std_points"]),
+            number(row["lognormal_percent"], 1),
+            number(row["lognormal_miss_points"], 1, "+"),
+            row["codec"] or ABSENT,
+            number(row["bits_per_element"]),
+            number(row["tag_entropy"]),
+            number(row["order0_entropy"]),
+            *(number(row["other_codecs"].get(codec)) for codec in codecs),
+        )
+        for row in run["gradients"]
+    ]
+    sparsity = run["sparsity"]
+    total = (
+        "pruned layers",
+        number(sparsity["asked_percent"], 1),
+        number(sparsity["achieved_percent"], 1),
+        number(sparsity["lognormal_percent"], 1),
+        number(sparsity["lognormal_miss_points"], 1, "+"),
+        "",
+        number(run["pruned_gradient_bits"]),
+        number(run["pruned_tag_entropy"]),
+        number(run["pruned_order0_entropy"]),
+        *(number(run["pruned_other_codecs"].get(codec)) for codec in codecs),
+    )
+    has_total = sparsity["asked_percent"] is not None
+    header = (
+        "layer", "asked (%)", "achieved (%)", "lognormal rule (%)", "its miss (points)", "codec", "encoded (bits)",
+        "tag entropy (bits)", "order-0 entropy (bits)", *(f"{codec} (bits)" for codec in codecs),
+    )  # fmt: skip
+    return Table(
+        title="Neural gradients by layer: sparsity (%) and bits per element",
+        header=header,
+        rows=(*rows, total) if has_total else tuple(rows),
+        has_total=has_total,
+    )
+
+
+def cards(run: dict[str, Any]) -> tuple[Card, ...]:
+    """The headline of one run."""
+    baseline = run["baseline"]
+    accuracy = f"best {number(run['best_test_accuracy_percent'])} %"
+    if baseline:
+        caveat = ", not like for like" if baseline["differences"] else ""
+        accuracy = f"{_accuracy_difference(run)} points against {baseline['label']}{caveat}"
+    headline = (Card("Test accuracy", f"{number(run['test_accuracy_percent'])} %", accuracy),)
+    if not run["emulated"]:
+        return headline
+    entropy = f"pruned layers {number(run['pruned_gradient_bits'])}, tag entropy {number(run['pruned_tag_entropy'])}"
+    return (
+        *headline,
+        Card("Bits per gradient element", number(run["gradient_bits"]), entropy),
+        _ratio_card("Peak footprint", run["footprint"]["total"]),
+        _ratio_card("Traffic per step", run["traffic"]["total"]),
+    )
+
+
+def baseline_note(run: dict[str, Any]) -> str:
+    """What the accuracy of an emulated run is measured against, and whether that is like for like."""
+    baseline = run["baseline"]
+    if baseline is None:
+        return f"{run['label']}: no float32 run beside it, so its accuracy has no baseline here."
+    if not baseline["differences"]:
+        return f"{run['label']} against {baseline['label']}: same model, data, seed, epochs and steps."
+    pairs = "; ".join(f"{key} {ours} against {theirs}" for key, (ours, theirs) in baseline["differences"].items())
+    return f"{run['label']} against {baseline['label']} is NOT like for like: {pairs}."
+
+
+def miss_note(run: dict[str, Any]) -> str | None:
+    """The largest misses of the sparsity asked, by the rule that ran and by the lognormal rule."""
+    missed = [row for row in run["gradients"] if row["miss_points"] is not None]
+    if not missed:
+        return None
+    worst = max(missed, key=lambda row: abs(row["miss_points"]))
+    note = f"Largest miss of the sparsity asked: {worst['miss_points']:+.1f} points ({worst['layer']})"
+    fitted = [row for row in missed if row["lognormal_miss_points"] is not None]
+    if not fitted:
+        return note + "."
+    worst = max(fitted, key=lambda row: abs(row["lognormal_miss_points"]))
+    return f"{note}; the lognormal rule's: {worst['lognormal_miss_points']:+.1f} points ({worst['layer']})."
+
+
+def ledger_note(comparison: dict[str, Any]) -> str:
+    """On how many steps the footprints, traffic and bits per element rest."""
+    steps = "; ".join(f"{run['label']}: {run['sampled_steps']} of {run['steps']:,}" for run in comparison["runs"])
+    return f"Footprint, traffic and bits per element are counted on sampled steps ({steps}); sparsity on every step."
+
+
+def _size_rows(title: str, part: str) -> tuple[RunRow, ...]:
+    return (
+        (f"{title} (MiB)", lambda run: number(run[part]["total"]["encoded_mib"])),
+        (f"{title}, fp32 / encoded", lambda run: number(run[part]["total"]["fp32_ratio"])),
+        (f"{title}, bf16 / encoded", lambda run: number(run[part]["total"]["bf16_ratio"])),
+    )
+
+
+def _accuracy_difference(run: dict[str, Any]) -> str:
+    return number(run["baseline"]["accuracy_difference_points"], 2, "+") if run["baseline"] else ABSENT
+
+
+def _mean_and_deviation(mean: float | None, deviation: float | None) -> str:
+    return ABSENT if mean is None else f"{number(mean, 1)} ± {number(deviation, 1)}"
+
+
+def _ratio_card(title: str, sizes: dict[str, float | None]) -> Card:
+    detail = f"bf16 / encoded {number(sizes['bf16_ratio'])}; {number(sizes['encoded_mib'])} MiB encoded"
+    return Card(f"{title}, fp32 / encoded", number(sizes["fp32_ratio"]), detail)
+
+
+def _sizes_table(
+    title: str, first: str, sizes: dict[str, dict[str, float | None]], total: dict[str, float | None]
+) -> Table:
+    header = (first, "encoded (MiB)", "fp32 (MiB)", "bf16 (MiB)", "fp32 / encoded", "bf16 / encoded")
+    keys = (("encoded_mib", 3), ("fp32_mib", 3), ("bf16_mib", 3), ("fp32_ratio", 2), ("bf16_ratio", 2))
+    rows = tuple(
+        (name.replace("_", " "), *(number(size[key], decimals) for key, decimals in keys))
+        for name, size in [*sizes.items(), ("total", total)]
+    )
+    return Table(title, header, rows, has_total=True)

@@ -1,0 +1,512 @@
+from __future__ import annotations
+
+import math
+import struct
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import accel.codecs.packed as packed_module
+from accel.codecs import (
+    CODECS,
+    CodecError,
+    Counts,
+    Packed,
+    count_blocks,
+    footprint,
+    footprint_of_blocks,
+    pack,
+    unpack,
+)
+from accel.codecs.bits import crc32c, read_fields, write_fields
+from accel.codecs.values import decode_values, encode_values
+from accel.formats import POLICIES, PRESETS, Format, format
+
+CUSTOM: dict[str, object] = {
+    "exponent_bits": 5,
+    "mantissa_bits": 6,
+    "bias": 9,
+    "policy": "fnuz",
+    "subnormals": False,
+    "name": "odd",
+}
+FORMATS: list[str | dict[str, object]] = ["e4m3fn", "e5m2", "e2m1", "e3m2", "bf16", "fp16", CUSTOM]
+NAMES = [spec if isinstance(spec, str) else "custom" for spec in FORMATS]
+FLOAT = npt.NDArray[np.float32]
+
+
+def bits_of(x: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """Bit patterns, all NaNs alike."""
+    values = np.asarray(x, np.float32)
+    return np.where(np.isnan(values), np.float32(np.nan), values).view(np.int32)
+
+
+def assert_same(result: torch.Tensor, x: FLOAT) -> None:
+    assert result.dtype == torch.float32
+    assert tuple(result.shape) == np.shape(x)
+    np.testing.assert_array_equal(bits_of(result.numpy()), bits_of(x))
+
+
+def draw_values(fmt: Format, size: int, density: float, seed: int) -> FLOAT:
+    """Values of the format, NaN, infinity and -0 among them where it has them, with a share of zeros."""
+    rng = np.random.default_rng(seed)
+    values = rng.choice(fmt.codes(), size).astype(np.float32)
+    values = np.where(rng.random(size) < density, values, np.float32(0)).astype(np.float32)
+    return values if fmt.has_negative_zero else values + np.float32(0)
+
+
+# --- a slow packer of its own: strings of bits, codes looked up in the format's table ---
+
+
+def reference_codes(x: FLOAT, fmt: Format, scale: np.float32) -> list[int]:
+    table: dict[int, int] = {}
+    with np.errstate(over="ignore", under="ignore"):
+        for code, value in enumerate((fmt.codes() * scale).tolist()):
+            table.setdefault(int(bits_of(np.float32(value))), code)
+    if fmt.nan_code is not None:
+        table[int(bits_of(np.float32(np.nan)))] = fmt.nan_code
+    return [table[int(word)] for word in bits_of(x)]
+
+
+def reference_streams(codec: str, codes: list[int], signs: list[int], bits: int) -> list[str]:
+    """Streams of a block as strings of 0 and 1; signs is +-1 for +-alpha, 0 otherwise."""
+
+    def payload(chosen: list[int]) -> str:
+        return "".join(f"{code:0{bits}b}"[::-1] for code in chosen)
+
+    def mask(chosen: list[bool]) -> str:
+        return "".join("1" if bit else "0" for bit in chosen)
+
+    nonzero = [bool(code or sign) for code, sign in zip(codes, signs, strict=True)]
+    if codec == "dense":
+        return [payload(codes)]
+    if codec == "bitmask":
+        return [mask(nonzero), payload([code for code in codes if code])]
+    kept = [(code, sign) for code, sign in zip(codes, signs, strict=True) if code or sign]
+    return [
+        mask(nonzero),
+        mask([sign == 0 for _, sign in kept]),
+        mask([sign < 0 for _, sign in kept if sign]),
+        payload([code for code, sign in kept if sign == 0]),
+    ]
+
+
+def reference_bytes(stream: str) -> bytes:
+    stream += "0" * (-len(stream) % 8)
+    return bytes(int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8))
+
+
+def reference_body(
+    x: FLOAT, codec: str, fmt: Format, scale: float, alpha: float, block: int
+) -> tuple[list[int], bytes]:
+    """(offset of each block, all blocks)."""
+    offsets, body = [], b""
+    codes = reference_codes(x, fmt, np.float32(scale))
+    signs = [int(np.sign(v)) if codec == "alpha" and abs(v) == np.float32(alpha) and alpha else 0 for v in x]
+    for start in range(0, len(x), block):
+        offsets.append(len(body))
+        piece = slice(start, start + block)
+        body += b"".join(map(reference_bytes, reference_streams(codec, codes[piece], signs[piece], fmt.bits)))
+    return offsets, body
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("spec", FORMATS, ids=NAMES)
+@pytest.mark.parametrize(("size", "scale"), [(1, 1.0), (203, 1.0), (203, 0.375)])
+def test_stream_equals_a_slow_packer(codec: str, spec: str | dict[str, object], size: int, scale: float) -> None:
+    fmt = format(spec)
+    values = draw_values(fmt, size, density=0.7, seed=size)
+    values[::5] = np.float32(2)
+    values[1::9] = np.float32(-2)
+    x = values * np.float32(scale)
+    p = pack(x, codec, fmt, scale=scale, alpha=2 * scale, block=64)
+    offsets, body = reference_body(x, codec, fmt, scale, 2 * scale, block=64)
+    stream = p.to_bytes()
+    assert stream.endswith(np.array(offsets, "<u4").tobytes() + body)
+    bits = p.bits_by_part
+    assert bits["offsets"] == 32 * len(offsets)
+    assert bits["metadata"] + bits["payload"] == 8 * len(body)
+    assert sum(bits.values()) == p.nbits == 8 * len(stream)
+    assert_same(unpack(Packed.from_bytes(stream)), x)
+
+
+def test_header_bytes_by_hand() -> None:
+    p = pack(np.array([[0.0, 1.5, -0.5]], np.float32), "alpha", "e4m3fn", scale=0.5, alpha=0.5)
+    stream = p.to_bytes()
+    magic, version, checksum = struct.unpack_from("<4sHI", stream)
+    assert (magic, version) == (b"FPSM", 1)
+    assert checksum == crc32c(stream[10:])
+    expected = struct.pack("<BBhBBIffQQ", 4, 3, 7, 1, 2, 4096, 0.5, 0.5, 3, 1)
+    expected += b"\x05alpha\x02fn\x06e4m3fn" + struct.pack("<QQ", 1, 3)
+    expected += struct.pack("<I", 0)
+    # nonzero 110, is-value 01, sign 1, payload 3.0 = 0 1000 100
+    assert stream[10:] == expected + bytes([0b110, 0b01, 0b1, 0b01000100])
+
+
+def test_crc32c_published_vectors() -> None:  # RFC 3720 B.4, and the check value of the CRC catalogue
+    assert crc32c(b"123456789") == 0xE3069283
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(b"\xff" * 32) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 5, 8, 9, 12, 16, 19, 24, 32])
+def test_fields_are_one_little_endian_integer(bits: int) -> None:
+    fields = np.random.default_rng(bits).integers(0, 1 << bits, 101, dtype=np.uint32)
+    whole = sum(int(field) << (bits * i) for i, field in enumerate(fields))
+    data = write_fields(fields, bits)
+    assert data == whole.to_bytes(-(-101 * bits // 8), "little")
+    np.testing.assert_array_equal(read_fields(np.frombuffer(data, np.uint8), bits, 101), fields)
+
+
+@pytest.mark.parametrize("fmt", [f for f in PRESETS.values() if f.bits <= 16] + [format(CUSTOM)], ids=lambda f: f.name)
+def test_codes_match_the_table_of_the_format(fmt: Format) -> None:
+    codes = np.arange(1 << fmt.bits, dtype=np.uint32)
+    table = fmt.codes()
+    np.testing.assert_array_equal(bits_of(decode_values(codes, fmt, np.float32(1))), bits_of(table))
+    encoded = encode_values(table, fmt, np.float32(1))
+    unique = ~np.isnan(table)
+    if not fmt.subnormals:  # every code of exponent field 0 is zero
+        unique &= (codes & ((1 << (fmt.bits - 1)) - 1) == 0) | (table != 0)
+    np.testing.assert_array_equal(encoded[unique], codes[unique])
+    assert (encoded[np.isnan(table)] == (fmt.nan_code or 0)).all()
+
+
+@pytest.mark.parametrize("spec", ["fp32", "tf32", "e8m22"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 0.1, 3.7])
+def test_wide_formats_round_trip(spec: str, scale: float) -> None:
+    fmt, rng = format(spec), np.random.default_rng(3)
+    words = rng.integers(0, 1 << 32, 100_000, dtype=np.uint32) & np.uint32(
+        0x100000000 - (1 << (23 - fmt.mantissa_bits))
+    )
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        x = words.view(np.float32) * np.float32(scale)
+    assert_same(unpack(pack(x, "bitmask", fmt, scale=scale)), x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(sorted(CODECS)),
+    spec=st.sampled_from(FORMATS),
+    size=st.one_of(st.integers(0, 20_000), st.sampled_from([0, 1, 4095, 4096, 4097, 8192])),
+    density=st.sampled_from([0.0, 0.01, 0.15, 0.5, 1.0]),
+    alpha=st.sampled_from([None, 0.0, 2.0, 4.0]),
+    scale=st.sampled_from([None, 2.0**-10, 0.3]),
+    seed=st.integers(0, 1000),
+)
+def test_round_trip_and_footprints(
+    codec: str,
+    spec: str | dict[str, object],
+    size: int,
+    density: float,
+    alpha: float | None,
+    scale: float | None,
+    seed: int,
+) -> None:
+    fmt = format(spec)
+    factor = np.float32(1 if scale is None else scale)
+    x = draw_values(fmt, size, density, seed) * factor
+    alpha = None if alpha is None else float(np.float32(alpha) * factor)
+    p = pack(x, codec, fmt, scale=scale, alpha=alpha)
+    assert_same(unpack(Packed.from_bytes(p.to_bytes())), x)
+    counted = footprint(x, codec=codec, fmt=fmt, alpha=alpha, scale=scale)
+    from_counts = footprint_of_blocks(count_blocks(x, alpha), codec, fmt, x.shape)
+    assert counted.bits_by_part == from_counts.bits_by_part == p.bits_by_part
+    assert counted.nbits == p.nbits == 8 * len(p.to_bytes())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (0, 1 << 40), (2, 3, 5, 7), (1,) * 30])
+def test_shapes(codec: str, shape: tuple[int, ...]) -> None:
+    x = np.resize(np.array([1.5, 0, -2, -0.0, 0.25], np.float32), math.prod(shape)).reshape(shape)
+    p = Packed.from_bytes(pack(x, codec, alpha=0.25).to_bytes())
+    assert_same(unpack(p), x)
+    assert footprint(x, codec=codec, fmt="e4m3fn", alpha=0.25).nbits == p.nbits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_torch_tensors_strided_and_with_gradients(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0.0, 1.0, -2.0], [0.5, -0.0, 6.0]], dtype=dtype, requires_grad=True)
+    for view in (x, x.t(), x[:, ::2], x[1, 1]):
+        assert_same(unpack(pack(view, "alpha", alpha=0.5)), view.detach().float().numpy())
+
+
+def test_alpha_off_the_grid_is_kept_exactly_by_the_codec_that_tags_it() -> None:
+    alpha = np.float32(0.1)
+    x = np.array([0, alpha, -alpha, 1, alpha / 2, 0], np.float32)
+    with pytest.raises(CodecError, match=r"element 4 \(index \(4,\)\)"):
+        pack(x, "alpha", "e4m3fn", alpha=0.1)
+    x[4] = 0.015625  # below alpha and on the grid: an ordinary value
+    assert_same(unpack(pack(x, "alpha", "e4m3fn", alpha=0.1)), x)
+    with pytest.raises(CodecError, match="element 1"):
+        pack(x, "bitmask", "e4m3fn", alpha=0.1)
+    assert count_blocks(x, 0.1).total == Counts(numel=6, nonzeros=4, alphas=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments", "message"),
+    [
+        ([[0, 1], [1, 1.01]], {}, r"element 3 \(index \(1, 1\)\) is 1.01: codec 'alpha' needs a value of e4m3fn"),
+        ([[1, 449]], {}, r"index \(0, 1\)"),
+        ([[1, np.inf]], {}, r"index \(0, 1\)"),
+        ([[np.nan]], {"fmt": "e2m1"}, "element 0"),
+        ([[-0.0]], {"fmt": "e4m3fnuz"}, "element 0"),
+        ([[1.0]], {"codec": "alpa"}, "unknown codec 'alpa' .did you mean 'alpha'"),
+        ([[1.0]], {"fmt": "e4m3fm"}, "unknown format 'e4m3fm' .did you mean 'e4m3fn'"),
+        ([[1.0]], {"scale": 0.0}, "scale must be positive and finite"),
+        ([[1.0]], {"scale": math.nan}, "scale must be positive and finite"),
+        ([[1.0]], {"scale": 1e-60}, "scale must be positive and finite"),
+        ([[1.0]], {"scale": "two"}, "scale must be a number"),
+        ([[1.0]], {"scale": torch.ones(1)}, "scale must be one number.*tensor"),
+        ([[1.0]], {"alpha": -1.0}, "alpha must be positive and finite"),
+        ([[1.0]], {"alpha": torch.ones(1)}, "alpha must be one number.*tensor"),
+        ([[1.0]], {"block": 0}, "block must be an integer from 1 to 65536"),
+    ],
+)
+def test_what_pack_refuses(values: list[list[float]], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(CodecError, match=message):
+        pack(np.array(values, np.float32), **arguments)  # type: ignore[arg-type]
+
+
+def test_types_that_are_not_carried_are_refused() -> None:
+    for x in (
+        torch.ones(2, dtype=torch.float64),
+        np.ones(2),
+        np.ones(2, ">f4"),
+        torch.ones(2, dtype=torch.int8),
+        [1.0],
+    ):
+        with pytest.raises(CodecError, match="float"):
+            pack(x)  # type: ignore[arg-type]
+
+
+def test_a_body_beyond_the_offsets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "MAX_BODY_BYTES", 99)
+    pack(np.zeros(99, np.float32), "dense", block=10)
+    with pytest.raises(CodecError, match="99 bytes that block offsets reach"):
+        pack(np.zeros(100, np.float32), "dense", block=10)
+
+
+def test_counts_per_block_against_numpy() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.choice(np.array([0, 0, -0.0, 0.5, -0.5, 3, np.nan, np.inf], np.float32), 150_001)
+    counts = count_blocks(x, 0.5)
+    pieces = [x[i : i + 4096] for i in range(0, x.size, 4096)]
+    assert counts.nonzeros.tolist() == [int(((p != 0) | np.signbit(p)).sum()) for p in pieces]
+    assert counts.alphas.tolist() == [int((np.abs(p) == 0.5).sum()) for p in pieces]
+    assert counts.sizes.tolist() == [p.size for p in pieces]
+    assert count_blocks(x, None).total == count_blocks(x, 0).total == Counts(x.size, counts.total.nonzeros, 0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("spec", ["e4m3fn", "e3m2", "e2m1", "e2m4"])
+@pytest.mark.parametrize(("density", "alpha_share"), [(0.15, 0.66), (0.02, 0.0), (0.9, 0.9)])
+def test_closed_form_is_within_a_percent(codec: str, spec: str, density: float, alpha_share: float) -> None:
+    rng, size = np.random.default_rng(7), 1_000_000
+    x = np.where(rng.random(size) < alpha_share, np.float32(1), np.float32(2)) * (rng.random(size) < density)
+    x = (x * rng.choice(np.array([-1, 1], np.float32), size)).astype(np.float32)
+    counted = footprint_of_blocks(count_blocks(x, 1.0), codec, spec, x.shape)
+    total = count_blocks(x, 1.0).total
+    expected = footprint(total, codec=codec, fmt=spec, alpha=1.0)
+    for part, bits in counted.bits_by_part.items():
+        assert expected.bits_by_part[part] == pytest.approx(bits, rel=0.01)
+    assert expected.nbits == pytest.approx(counted.nbits, rel=0.002)
+    mapping = {"numel": total.numel, "nonzeros": total.nonzeros, "alphas": total.alphas}
+    assert footprint(mapping, codec=codec, fmt=spec) == expected
+
+
+def test_closed_form_by_hand() -> None:
+    f = footprint(Counts(numel=4097, nonzeros=100, alphas=40), codec="alpha", fmt="e3m2")
+    # 6 * 60 payload bits in 2 blocks, lengths are multiples of 2: 3 bits of padding each; 7 bits fill up the last mask
+    assert f.bits_by_part == {
+        "header": 8 * (10 + 34 + 6 + 7 + 5 + 8),
+        "offsets": 64,
+        "metadata": 4097 + 7 + 100 + 7.0 + 40 + 7.0,
+        "payload": 360 + 6.0,
+    }
+    share = np.array([3997, 20, 20, 60]) / 4097
+    assert f.tag_entropy_bits == pytest.approx(-4097 * (share * np.log2(share)).sum() + 360)
+    assert f.order0_entropy_bits is None
+
+
+def test_entropies_of_a_tensor() -> None:
+    x = np.array([0, 0, 0, 0, 1, 1, -2, np.nan], np.float32)
+    f = footprint(x, codec="bitmask", fmt="e4m3fn", alpha=1.0)  # all alphas are positive
+    assert f.tag_entropy_bits == pytest.approx(4 * 1 + 2 * 2 + 2 * 2 + 2 * 8)
+    assert f.order0_entropy_bits == pytest.approx(4 * 1 + 2 * 2 + 2 * 3)
+    assert f.bits_per_element == f.nbits / 8
+    assert math.isnan(footprint(x[:0], codec="dense", fmt="e4m3fn").bits_per_element)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"numel": 4, "nonzeros": 5}, "does not hold"),
+        ({"numel": 4, "nonzero": 1}, "unknown key 'nonzero' .did you mean 'nonzeros'"),
+        ({"numel": 4}, "nonzeros is missing"),
+        ({"numel": 4, "nonzeros": 3, "alphas": 2, "negative_alphas": 3}, "negative_alphas"),
+        ({"numel": 4, "nonzeros": 3, "code_histogram": (1, 2)}, "code_histogram must sum to"),
+    ],
+)
+def test_contradicting_counts_are_refused(mapping: dict[str, object], message: str) -> None:
+    with pytest.raises(CodecError, match=message):
+        footprint(mapping, codec="dense", fmt="e4m3fn")
+
+
+def test_a_shape_other_than_the_counted_is_refused() -> None:
+    with pytest.raises(CodecError, match="does not hold the 6 elements"):
+        footprint_of_blocks(count_blocks(np.ones(6, np.float32)), "dense", "e4m3fn", (2, 4))
+
+
+# --- the checked numbers: lognormal samples, stochastic pruning at 85 % zeros, FP8 by ml_dtypes ---
+
+
+def pruned_lognormal(sigma: float, sparsity: float) -> tuple[FLOAT, np.float32, float]:
+    """(T(x) with survivors rounded to scale * e4m3fn, alpha off that grid, scale) for 1e6 samples."""
+    rng, size = np.random.default_rng(11), 1_000_000
+    magnitude = np.exp(sigma * rng.standard_normal(size)).astype(np.float32)
+    low, high = magnitude.min(), magnitude.max()
+    for _ in range(60):
+        alpha = np.float32(np.sqrt(low * high))
+        low, high = (alpha, high) if np.maximum(0, 1 - magnitude / alpha).mean() < sparsity else (low, alpha)
+    scale = 2.0 ** np.ceil(np.log2(magnitude.max() / 448))
+    survivors = (magnitude / np.float32(scale)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(scale)
+    pruned = np.where(magnitude >= alpha * rng.random(size, np.float32), alpha, np.float32(0))
+    x = np.where(magnitude > alpha, survivors, pruned) * rng.choice(np.array([-1, 1], np.float32), size)
+    return np.where(x == 0, np.float32(0), x).astype(np.float32), alpha, scale
+
+
+def entropy(shares: npt.ArrayLike) -> float:
+    """Bits a symbol."""
+    return -sum(share * math.log2(share) for share in np.asarray(shares).tolist() if share)
+
+
+@pytest.mark.parametrize("sigma", [1, 2, 3])
+def test_entropies_against_the_lognormal_law_and_ml_dtypes_codes(sigma: float) -> None:
+    x, alpha, scale = pruned_lognormal(sigma, sparsity=0.85)
+    f = footprint(x, codec="alpha", fmt="e4m3fn", alpha=float(alpha), scale=scale)
+    values = math.erfc(math.log(alpha) / sigma / math.sqrt(2)) / 2  # P(|x| > alpha)
+    tags = [0.85, (0.15 - values) / 2, (0.15 - values) / 2, values]
+    assert f.tag_entropy_bits / x.size == pytest.approx(entropy(tags) + 8 * values, abs=0.006)
+    codes = (x / np.float32(scale)).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(np.int64)
+    codes[np.abs(x) == alpha] = 256 + (x[np.abs(x) == alpha] > 0)
+    assert f.order0_entropy_bits == pytest.approx(x.size * entropy(np.bincount(codes) / x.size), rel=1e-9)
+    if sigma == 2:
+        assert f.order0_entropy_bits is not None
+        assert f.tag_entropy_bits / x.size == pytest.approx(1.254, abs=0.005)
+        assert f.order0_entropy_bits / x.size == pytest.approx(1.138, abs=0.01)
+
+
+def test_checked_bits_per_element() -> None:
+    x, alpha, scale = pruned_lognormal(2, sparsity=0.85)
+    counts = count_blocks(x, float(alpha))
+    assert counts.total.alphas / counts.total.nonzeros == pytest.approx(0.66, abs=0.005)
+    for codec, bits in (("dense", 8.0), ("bitmask", 2.20), ("alpha", 1.65)):
+        parts = footprint_of_blocks(counts, codec, "e4m3fn", x.shape).bits_by_part
+        assert (parts["metadata"] + parts["payload"]) / x.size == pytest.approx(bits, abs=0.01)
+    assert footprint(x, codec="alpha", fmt="e4m3fn", alpha=float(alpha), scale=scale).bits_per_element < 1.68
+
+
+# --- bad input ---
+
+
+def resigned(stream: bytes | bytearray) -> bytes:
+    return bytes(stream[:6]) + struct.pack("<I", crc32c(bytes(stream[10:]))) + bytes(stream[10:])
+
+
+@pytest.fixture(scope="module")
+def sample() -> FLOAT:
+    x = draw_values(format("e4m3fn"), 600, density=0.4, seed=1)
+    x[::7], x[3::11] = 1.0, -1.0
+    return x.reshape(20, 30)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("sign_again", [False, True], ids=["damaged", "forged"])
+def test_mutated_streams_are_refused(codec: str, sign_again: bool, sample: FLOAT) -> None:
+    """Damage gives CodecError; with the checksum made to fit, CodecError or some tensor, and nothing else."""
+    stream = pack(sample, codec, alpha=1.0, block=128).to_bytes()
+    rng = np.random.default_rng(2)
+    header = stream.index(b"e4m3fn") + 6 + 16 + 4 * 5
+    refused = 0
+    for trial in range(2000):
+        mutant = bytearray(stream)
+        kind = trial % 5
+        place = int(rng.integers(len(stream) if kind else header))
+        if kind <= 1:
+            mutant[place] ^= 1 << int(rng.integers(8))
+        elif kind == 2:
+            mutant[place : place + 8] = rng.bytes(8)
+        elif kind == 3:
+            del mutant[place : place + int(rng.integers(1, 9))]
+        else:
+            mutant[place:place] = rng.bytes(int(rng.integers(1, 9)))
+        try:
+            result = unpack(Packed.from_bytes(resigned(mutant) if sign_again else bytes(mutant)))
+        except CodecError:
+            refused += 1
+            continue
+        assert sign_again or bytes(mutant) == stream
+        assert result.numel() <= 8 * len(mutant)
+    assert refused >= (1000 if sign_again else 1990)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_truncated_streams_are_refused(codec: str, sample: FLOAT) -> None:
+    stream = pack(sample[:2, :20], codec, alpha=1.0, block=16).to_bytes()
+    for length in range(len(stream)):
+        for mutant in (stream[:length], resigned(stream[:length])):
+            with pytest.raises(CodecError):
+                Packed.from_bytes(mutant)
+
+
+def test_wrong_streams_say_what_is_wrong(sample: FLOAT) -> None:
+    stream = pack(sample, "alpha", alpha=1.0, block=128).to_bytes()
+    shape = stream.index(b"e4m3fn") + 6
+
+    def changed(place: int, data: bytes) -> bytes:
+        return resigned(stream[:place] + data + stream[place + len(data) :])
+
+    cases = [
+        (b"", "truncated"),
+        (b"PK\x03\x04" + stream[4:], "not a packed tensor"),
+        (stream[:4] + b"\x02\x00" + stream[6:], "has version 2; this program reads version 1"),
+        (stream[:-1], "damaged or truncated"),
+        (resigned(stream + b"\0"), "its header says"),
+        (stream[:60].replace(b"alpha", b"alpho") + stream[60:], "damaged"),
+        (resigned(stream.replace(b"alpha", b"alpho")), "unknown codec 'alpho'"),
+        (changed(10, b"\x09"), "exponent_bits must be an integer from 0 to 8"),
+        (changed(16, struct.pack("<I", 1 << 31)), "block must be an integer"),
+        (changed(20, struct.pack("<f", -1)), "scale must be positive"),
+        (changed(24, struct.pack("<f", math.inf)), "alpha must be positive"),
+        (changed(shape, struct.pack("<QQ", 1 << 62, 1 << 62)), "larger than any tensor"),
+        (changed(shape, struct.pack("<QQ", 1 << 50, 1)), "its header says"),
+        (changed(shape + 16, b"\x01"), "block offsets do not rise"),
+        (changed(shape + 20, struct.pack("<I", 1 << 31)), "block offsets do not rise"),
+        (changed(24, struct.pack("<f", 0)), "the header has no alpha"),
+    ]
+    for mutant, message in cases:
+        with pytest.raises(CodecError, match=message):
+            unpack(Packed.from_bytes(mutant))
+    with pytest.raises(CodecError, match="must be bytes"):
+        Packed.from_bytes(10**12)  # type: ignore[arg-type]
+
+
+def test_a_small_stream_cannot_ask_for_much_memory() -> None:
+    stream = pack(np.zeros(65536, np.float32), "bitmask", block=1 << 16).to_bytes()
+    shape = stream.index(b"e4m3fn") + 6
+    forged = bytearray(stream[: shape + 8 + 4])
+    forged[28:44] = struct.pack("<QQ", 0, 0)
+    with pytest.raises(CodecError, match="0 bytes of blocks are too few"):
+        Packed.from_bytes(resigned(forged))
+
+
+def test_every_policy_survives_the_header() -> None:
+    for policy in POLICIES:
+        fmt = Format("any", 4, 3, 7, policy)
+        assert Packed.from_bytes(pack(np.ones(3, np.float32), "dense", fmt).to_bytes()).header.fmt == fmt
