@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(FPSIM) run quickstart name=quickstart-fp32 emulation=null
 	$(FPSIM) run quickstart
-	$(FPSIM) report --last quickstart-fp32 --last quickstart
+	$(FPSIM) report runs/quickstart-fp32 runs/quickstart
 
 test: install
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,7 @@ from accel.codecs import (
     unpack,
 )
 from accel.formats import Format, format, formats
+from accel.ledger import Ledger
 from accel.operations import decode, encode, prune, prune_quantize, quantize
 from accel.random import stream_id
 
@@ -24,6 +25,7 @@ __all__ = [
     "Counts",
     "Footprint",
     "Format",
+    "Ledger",
     "Packed",
     "count_blocks",
     "decode",

@@ -74,7 +74,9 @@ class Format:
                 f"and NaN codes (got E={self.exponent_bits}, M={self.mantissa_bits}); 'fn', 'fnuz' or 'finite' do not"
             )
         if self.exponent_bits == 0 and not self.subnormals:
-            raise ValueError(f"format {self.name!r}: exponent_bits = 0 has only subnormals; subnormals: false leaves zero")
+            raise ValueError(
+                f"format {self.name!r}: exponent_bits = 0 has only subnormals; subnormals: false leaves zero"
+            )
         if self.max_code < 1 or (not self.subnormals and self.max_code < 1 << self.mantissa_bits):
             raise ValueError(f"format {self.name!r}: policy {self.policy!r} leaves no finite number besides zero")
         if self.min_exponent < FLOAT32_MIN_NORMAL_EXPONENT:
@@ -246,12 +248,14 @@ def format(spec: str | Mapping[str, object] | Format) -> Format:
         raise ValueError(f"a format is a name, a mapping or a Format (got {type(spec).__name__})")
     for key in spec:
         if key not in _KEYS:
-            raise ValueError(f"format: unknown key {key!r}{_nearest(str(key), _KEYS)}; allowed: {', '.join(sorted(_KEYS))}")
+            raise ValueError(
+                f"format: unknown key {key!r}{_nearest(str(key), _KEYS)}; allowed: {', '.join(sorted(_KEYS))}"
+            )
     options = {key: value for key, value in spec.items() if value is not None}
     for key in ("exponent_bits", "mantissa_bits"):
         if key not in options:
             raise ValueError(f"format: {key} is missing")
-    name = options.pop("name", None) or f"e{options['exponent_bits']}m{options['mantissa_bits']}"
+    name = str(options.pop("name", None) or f"e{options['exponent_bits']}m{options['mantissa_bits']}")
     return _described(name, **options)  # type: ignore[arg-type]
 
 

@@ -253,7 +253,9 @@ def _alpha(alpha: float) -> np.float32:
     return value
 
 
-def _word_key(seed: int, stream: int, step: int, offset: int, numel: int) -> tuple[int, np.uint64, np.uint64, np.uint64]:
+def _word_key(
+    seed: int, stream: int, step: int, offset: int, numel: int
+) -> tuple[int, np.uint64, np.uint64, np.uint64]:
     for name, value, bits in (("seed", seed, 64), ("stream", stream, 32), ("step", step, 32), ("offset", offset, 62)):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1 (got {value!r})")
@@ -275,10 +277,14 @@ def _rows(scale: Scale, x: torch.Tensor) -> tuple[npt.NDArray[np.float32], int]:
     if values.numel() == 1:
         return values.reshape(1).numpy(), length
     try:
-        aligned = values.reshape((1,) * (x.ndim - values.ndim) + tuple(values.shape)) if values.ndim <= x.ndim else values
+        aligned = (
+            values.reshape((1,) * (x.ndim - values.ndim) + tuple(values.shape)) if values.ndim <= x.ndim else values
+        )
         aligned.expand(x.shape)
     except RuntimeError:
-        raise ValueError(f"scale of shape {tuple(values.shape)} does not broadcast to x's shape {tuple(x.shape)}") from None
+        raise ValueError(
+            f"scale of shape {tuple(values.shape)} does not broadcast to x's shape {tuple(x.shape)}"
+        ) from None
     varying = max(d for d in range(x.ndim) if aligned.shape[d] > 1) + 1
     rows = aligned.reshape(aligned.shape[:varying]).expand(x.shape[:varying]).reshape(-1)
     return rows.contiguous().numpy(), max(int(np.prod(x.shape[varying:])), 1)

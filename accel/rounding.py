@@ -113,7 +113,7 @@ def parameters(
         flush_below_code=u32(1 << fmt.mantissa_bits if flush_output else 0),
         nan_code=u32(fmt.nan_code or 0),
         infinity_code=u32(absent if fmt.infinity_code is None else fmt.infinity_code),
-        negative_zero_nan=u32(absent if fmt.has_negative_zero else fmt.nan_code),
+        negative_zero_nan=u32(absent if fmt.has_negative_zero else fmt.nan_code or 0),
         last_number_code=u32(fmt.max_code if fmt.infinity_code is None else fmt.infinity_code),
         min_normal_code=u32(1 << fmt.mantissa_bits),
     )

@@ -35,6 +35,8 @@ CHUNK = 4096  # elements whose random words are held at once, and the block of t
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
+MAX_THREADS: int = numba.get_num_threads()
+
 _launching = threading.Lock()  # numba's fallback threading layer is not safe to enter from two threads
 _forked = False
 
@@ -49,7 +51,7 @@ os.register_at_fork(after_in_child=_mark_forked)  # OpenMP aborts in a forked ch
 
 def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHUNK) -> None:
     """Call `loop` on pieces that cover [0, size), cut at multiples of `align`, on at most `threads` threads."""
-    pieces = min(threads, numba.config.NUMBA_NUM_THREADS, size // SERIAL_BELOW)
+    pieces = min(threads, MAX_THREADS, size // SERIAL_BELOW)
     if pieces < 2 or _forked:
         if size:
             loop.serial(0, size, *arguments)

@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import numba
-from numba.core import config
+import numba.core.config
 
 
 def _cache_folder() -> str:
@@ -22,11 +22,14 @@ def _cache_folder() -> str:
     digest = hashlib.blake2s(digest_size=8)
     for source in sorted(package.rglob("*.py")):
         digest.update(source.read_bytes())
-    root = os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fpsim"
+    root = (
+        os.environ.get("NUMBA_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fpsim"
+    )
     return str(Path(root) / f"kernels-{digest.hexdigest()}")
 
 
 CACHE_FOLDER = _cache_folder()
+config: Any = numba.core.config  # has no type stubs
 
 
 class Kernel(NamedTuple):
@@ -38,7 +41,7 @@ class Kernel(NamedTuple):
 
 def _parallel(arguments, bounds):  # type: ignore[no-untyped-def]
     for piece in numba.prange(len(bounds) - 1):
-        serial(bounds[piece], bounds[piece + 1], *arguments)  # type: ignore[name-defined]  # noqa: F821
+        serial(bounds[piece], bounds[piece + 1], *arguments)  # noqa: F821
 
 
 def scalar(function: Callable[..., Any]) -> Any:

@@ -1,6 +1,6 @@
 """Configuration of a run: YAML in, validated and immutable data out."""
 
-from fpsim.config.load import config_hash, config_to_yaml, json_schema, load_config, parse_config
+from fpsim.config.load import config_hash, config_to_yaml, json_schema, load_config, parse_config, parse_emulation
 from fpsim.config.presets import Preset, preset_folder, presets
 from fpsim.config.schema import (
     Config,
@@ -32,6 +32,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "parse_config",
+    "parse_emulation",
     "preset_folder",
     "presets",
 ]

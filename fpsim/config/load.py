@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fpsim.config.presets import Kind, find_file, preset_files
-from fpsim.config.schema import Config, Section, Source
+from fpsim.config.schema import Config, Emulation, Section, Source
 from fpsim.config.tree import (
     MAX_DEPTH,
     Node,
@@ -68,6 +68,16 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> C
     if not isinstance(tree.value, dict):
         raise ConfigError([Problem("", f"the configuration must be a mapping (got {shown(mapping)})")])
     return _validated(_with_bases(tree, (), ()), overrides)
+
+
+def parse_emulation(mapping: Mapping[str, Any]) -> Emulation:
+    """The `emulation` section alone, of plain data (`accelerator` included). Raises ConfigError."""
+    rest = {"data": {"name": "synthetic"}, "model": {"name": "mlp"}}
+    training = {"epochs": 1, "batch_size": 1, "optimizer": {"name": "sgd", "learning_rate": 1.0}}
+    emulation = parse_config({**rest, "training": training, "emulation": mapping}).emulation
+    if emulation is None:
+        raise ConfigError([Problem("emulation", "must be a mapping (got null)")])
+    return emulation
 
 
 def config_to_yaml(config: Config) -> str:

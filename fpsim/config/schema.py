@@ -351,6 +351,12 @@ class GradientSpec(TensorSpec):
     pruning: Pruning | None = None
     """Stochastic pruning of the neural gradients; null for none."""
 
+    @model_validator(mode="after")
+    def _one_scale_holds_alpha(self) -> GradientSpec:
+        if self.pruning is not None and self.granularity == "channel" and self.codec != "alpha":
+            raise _error_at("granularity", "'channel' with pruning needs codec alpha: one alpha fits no several scales")
+        return self
+
 
 class Override(Section):
     """Another treatment of some layers. A role that is left out keeps the general one; null is float32."""

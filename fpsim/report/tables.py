@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-ABSENT = "–"  # noqa: RUF001
+ABSENT = "–"
 
 RunRow = tuple[str, Callable[[dict[str, Any]], str]]  # title, and the cell of a run
 

@@ -1,0 +1,275 @@
+"""What a training step stores and moves, counted layer by layer on real tensors, beside dense float32 and bfloat16.
+
+The passes of one step of a layer Y = f(X, W), and what each reads and writes:
+
+    forward   reads X, W            writes Y (the X of the next layer)
+    dgrad     reads dY, W           writes dX (the dY of the layer before); the first layer has none
+    wgrad     reads dY, X           writes dW
+    update    reads W, dW, state    writes W, state
+
+A tensor that one layer writes and the next reads is one tensor, encoded once. Element-wise layers are fused into the
+producer; a tensor that they keep for backward (the input of a normalisation) costs its own write, read and storage.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from accel.codecs import CODECS, BlockCounts, Counts, footprint, footprint_of_blocks
+from accel.formats import Format
+
+ROLES = ("weight", "master", "optimizer_state", "weight_gradient", "activation", "norm_input", "addend", "gradient")
+PASSES = ("forward", "dgrad", "wgrad", "update")
+SCHEMES = ("encoded", "fp32", "bf16")
+DENSE_BITS = {"fp32": 32, "bf16": 16}
+ALWAYS_FLOAT32 = ("master", "optimizer_state")  # also on a bfloat16 machine
+PARTS = ("header", "offsets", "metadata", "payload")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one tensor is stored: its counts, its bits part by part, and what it would take otherwise.
+
+    Entropies are in bits over the whole tensor, None where they were not counted.
+    """
+
+    format: str
+    codec: str
+    value_bits: int
+    numel: int
+    nonzeros: int
+    alphas: int
+    bits_by_part: dict[str, float]
+    tag_entropy_bits: float | None
+    order0_entropy_bits: float | None
+    other_codecs_bits: dict[str, float]
+
+    @property
+    def nbits(self) -> float:
+        return sum(self.bits_by_part.values())
+
+    @property
+    def is_float32(self) -> bool:
+        return self.format == "fp32" and self.codec == "plain"
+
+
+def stored_encoded(
+    counts: BlockCounts, codec: str, fmt: Format, shape: tuple[int, ...], histogram: tuple[int, ...] | None = None
+) -> Stored:
+    """A tensor of these counts in `fmt` under `codec`: the length of its real stream, and that of every other codec.
+
+    histogram: how often each distinct code occurs, for the order-0 entropy.
+    """
+    total = counts.total
+    chosen = footprint_of_blocks(counts, codec, fmt, shape)
+    others = {name: footprint_of_blocks(counts, name, fmt, shape).nbits for name in CODECS if name != codec}
+    order0 = None
+    if histogram is not None:
+        with_codes = Counts(total.numel, total.nonzeros, total.alphas, code_histogram=histogram)
+        order0 = footprint(with_codes, codec=codec, fmt=fmt).order0_entropy_bits
+    return Stored(
+        fmt.name, codec, fmt.bits, total.numel, total.nonzeros, total.alphas, dict(chosen.bits_by_part),
+        chosen.tag_entropy_bits, order0, others,
+    )  # fmt: skip
+
+
+def stored_plain(numel: int, nonzeros: int | None = None) -> Stored:
+    """A float32 tensor as it lies in memory: 32 bits an element, no header."""
+    bits: dict[str, float] = {"header": 0, "offsets": 0, "metadata": 0, "payload": 32 * numel}
+    return Stored("fp32", "plain", 32, numel, numel if nonzeros is None else nonzeros, 0, bits, None, None, {})
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tensor of one layer in one pass of one step: how often it is read and written as a whole.
+
+    resident: it takes memory of its own between passes. second_name_in: the schemes in which another record's tensor
+    serves (the weights of a float32 run are the optimizer's master copy): there it costs no write and no memory.
+    """
+
+    step: int
+    layer: str
+    role: str
+    pass_name: str
+    reads: int
+    writes: int
+    resident: bool
+    second_name_in: tuple[str, ...]
+    stored: Stored
+
+    def bits(self, scheme: str) -> float:
+        """Bits of the tensor: as `encoded`, or dense in `fp32` or `bf16`."""
+        if scheme == "encoded":
+            return self.stored.nbits
+        return self.stored.numel * (32 if self.role in ALWAYS_FLOAT32 else DENSE_BITS[scheme])
+
+    def traffic(self, scheme: str) -> float:
+        """Bits read and written."""
+        writes = 0 if scheme in self.second_name_in else self.writes
+        return self.bits(scheme) * (self.reads + writes)
+
+    def resident_bits(self, scheme: str) -> float:
+        return self.bits(scheme) if self.resident and scheme not in self.second_name_in else 0.0
+
+
+class Ledger:
+    """The records of the sampled steps of a run, in the order in which they were made."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.records = list(records)
+
+    def add(
+        self,
+        step: int,
+        layer: str,
+        role: str,
+        pass_name: str,
+        stored: Stored,
+        *,
+        reads: int = 0,
+        writes: int = 0,
+        resident: bool = False,
+        second_name_in: Iterable[str] = (),
+    ) -> None:
+        """Enter one record. Raises ValueError for an unknown role or pass."""
+        if role not in ROLES or pass_name not in PASSES:
+            raise ValueError(f"role must be one of {ROLES} and pass one of {PASSES} (got {role!r}, {pass_name!r})")
+        names = tuple(second_name_in)
+        self.records.append(Record(step, layer, role, pass_name, reads, writes, resident, names, stored))
+
+    @property
+    def steps(self) -> list[int]:
+        """The sampled steps."""
+        return sorted({record.step for record in self.records})
+
+    def traffic_bits_per_step(self) -> dict[str, Any]:
+        """Bits moved in a step, mean over the sampled steps: {total, by_role, by_pass}, each {encoded, fp32, bf16}."""
+        return {
+            "total": self._mean_traffic(lambda record: "total").get("total", dict.fromkeys(SCHEMES, 0.0)),
+            "by_role": self._mean_traffic(lambda record: record.role),
+            "by_pass": self._mean_traffic(lambda record: record.pass_name),
+        }
+
+    def _mean_traffic(self, key: Any) -> dict[str, dict[str, float]]:
+        sums: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(SCHEMES, 0.0))
+        for record in self.records:
+            for scheme in SCHEMES:
+                sums[key(record)][scheme] += record.traffic(scheme)
+        return {name: {scheme: bits / len(self.steps) for scheme, bits in row.items()} for name, row in sums.items()}
+
+    def footprint_bits(self) -> dict[str, Any]:
+        """Bits alive at once, at the peak of a step, mean over the sampled steps: {total, by_role}.
+
+        Alive all the time: weights, master copies, optimizer state. Backward frees each layer's saved activations and
+        normalisation inputs behind it and leaves its weight gradients, with one layer's dY in flight.
+        """
+        by_role: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(SCHEMES, 0.0))
+        by_step: dict[int, list[Record]] = defaultdict(list)
+        for record in self.records:
+            by_step[record.step].append(record)
+        for records in by_step.values():
+            for scheme in SCHEMES:
+                for role, bits in peak(records, scheme).items():
+                    by_role[role][scheme] += bits / len(by_step)
+        total = {scheme: sum(row[scheme] for row in by_role.values()) for scheme in SCHEMES}
+        return {"total": total, "by_role": dict(by_role)}
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """One row a layer and role, means over the sampled steps: counts, bits by part, bits per element, entropies."""
+        groups: dict[tuple[str, str, str, str], dict[int, Stored]] = defaultdict(dict)
+        for record in self.records:
+            stored = record.stored
+            groups[record.layer, record.role, stored.format, stored.codec].setdefault(record.step, stored)
+        return [_tensor_row(*key, list(by_step.values())) for key, by_step in groups.items()]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything above, as plain data for reports."""
+        return {
+            "sampled_steps": self.steps,
+            "footprint_bits": self.footprint_bits(),
+            "traffic_bits_per_step": self.traffic_bits_per_step(),
+            "tensors": self.tensors(),
+        }
+
+    def to_data(self) -> list[dict[str, Any]]:
+        """The records as plain data (JSON)."""
+        return [asdict(record) for record in self.records]
+
+    @classmethod
+    def from_data(cls, data: Iterable[Mapping[str, Any]]) -> Ledger:
+        """The ledger that `to_data` wrote."""
+        rows = ({**row, "stored": Stored(**row["stored"])} for row in data)
+        return cls(Record(**{**row, "second_name_in": tuple(row["second_name_in"])}) for row in rows)
+
+
+def peak(records: Iterable[Record], scheme: str) -> dict[str, float]:
+    """The largest set of tensors alive at once in one step, as bits by role (see `Ledger.footprint_bits`)."""
+    alive: dict[str, float] = defaultdict(float)
+    saved: list[tuple[str, str, float]] = []  # forward order: layer, role, bits
+    left: dict[str, float] = defaultdict(float)  # weight gradients by layer
+    flight: dict[str, float] = defaultdict(float)  # dY by layer
+    for record in records:
+        bits = record.resident_bits(scheme)
+        if record.role in ("activation", "norm_input"):
+            if bits:
+                saved.append((record.layer, record.role, bits))
+                alive[record.role] += bits
+        elif record.role == "weight_gradient":
+            left[record.layer] += bits
+        elif record.role == "gradient":
+            flight[record.layer] = max(flight[record.layer], bits)
+        else:
+            alive[record.role] += bits
+    best: dict[str, float] = dict(alive)
+    remaining = dict.fromkeys((layer for layer, _, _ in saved), 0)
+    for layer, _, _ in saved:
+        remaining[layer] += 1
+    for layer, role, bits in reversed(saved):
+        now = {**alive, "gradient": flight[layer]}
+        if sum(now.values()) > sum(best.values()):
+            best = now
+        alive[role] -= bits
+        remaining[layer] -= 1
+        if remaining[layer] == 0:
+            alive["weight_gradient"] += left.pop(layer, 0.0)
+    alive["weight_gradient"] += sum(left.values())
+    return best if sum(best.values()) >= sum(alive.values()) else dict(alive)
+
+
+def _tensor_row(layer: str, role: str, fmt: str, codec: str, stored: list[Stored]) -> dict[str, Any]:
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    numel = float(np.mean([s.numel for s in stored]))
+    bits = {part: float(np.mean([s.bits_by_part[part] for s in stored])) for part in PARTS}
+    total = sum(bits.values())
+    others = {
+        name: mean(s.other_codecs_bits[name] / max(s.numel, 1) for s in stored) for name in stored[0].other_codecs_bits
+    }
+    nonzeros, alphas = float(np.mean([s.nonzeros for s in stored])), float(np.mean([s.alphas for s in stored]))
+    return {
+        "layer": layer,
+        "role": role,
+        "format": fmt,
+        "codec": codec,
+        "numel": numel,
+        "nonzeros": nonzeros,
+        "alphas": alphas,
+        "survivors": nonzeros - alphas,
+        "value_bits": stored[0].value_bits,
+        "bits": {**bits, "total": total},
+        "bits_per_element": total / max(numel, 1),
+        "tag_entropy_bits_per_element": mean(
+            None if s.tag_entropy_bits is None else s.tag_entropy_bits / max(s.numel, 1) for s in stored
+        ),
+        "order0_entropy_bits_per_element": mean(
+            None if s.order0_entropy_bits is None else s.order0_entropy_bits / max(s.numel, 1) for s in stored
+        ),
+        "other_codecs_bits_per_element": others,
+    }

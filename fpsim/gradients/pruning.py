@@ -1,0 +1,99 @@
+"""Pruning of one layer's neural gradients over a run: the threshold, when it is renewed, and what it achieved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from accel import Counts
+from fpsim.config.schema import Pruning
+from fpsim.gradients import thresholds
+
+RULES = {"empirical": thresholds.empirical, "lognormal": thresholds.lognormal}
+
+
+@dataclass
+class Tally:
+    """Running sums over the steps of a run, from which mean and standard deviation follow."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.total += value
+        self.squares += value * value
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0)) if self.count else math.nan
+
+
+@dataclass
+class LayerPruning:
+    """The state of one layer: the threshold in force and the statistics so far.
+
+    Beside the rule that prunes, the lognormal rule is followed once an epoch, as Chmiel et al. do, and what it would
+    achieve is measured on the same samples.
+    """
+
+    spec: Pruning
+    alpha: float = 0.0
+    lognormal_alpha: float | None = None
+    steps_left: int = 0  # until alpha is renewed
+    epoch_is_new: bool = True
+    achieved: Tally = field(default_factory=Tally)
+    alpha_share: Tally = field(default_factory=Tally)
+    lognormal_rule: Tally = field(default_factory=Tally)
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether the threshold is to be renewed from the coming tensor."""
+        return self.epoch_is_new or (self.spec.refresh_interval != "epoch" and self.steps_left == 0)
+
+    def renew(self, sample: np.ndarray) -> None:
+        """Renew the threshold from a sample of dY (finite)."""
+        sparsity = self.spec.sparsity
+        if self.epoch_is_new:
+            self.lognormal_alpha = thresholds.lognormal(sample, sparsity)
+        assert self.lognormal_alpha is not None
+        self.lognormal_rule.add(thresholds.expected_sparsity(sample, self.lognormal_alpha))
+        self.alpha = RULES[self.spec.threshold](sample, sparsity)
+        self.epoch_is_new = False
+        if self.spec.refresh_interval != "epoch":
+            self.steps_left = self.spec.refresh_interval
+
+    def record(self, counts: Counts) -> None:
+        """Enter what one step achieved."""
+        self.steps_left = max(self.steps_left - 1, 0)
+        self.achieved.add(1 - counts.nonzeros / counts.numel)
+        if counts.nonzeros:
+            self.alpha_share.add(counts.alphas / counts.nonzeros)
+
+    def summary(self, layer: str) -> dict[str, Any]:
+        """Asked and achieved sparsity, mean over every step, beside the lognormal rule's: plain data for reports."""
+        return {
+            "layer": layer,
+            "asked_sparsity": self.spec.sparsity,
+            "achieved_sparsity": self.achieved.mean,
+            "achieved_std": self.achieved.std,
+            "lognormal_rule_sparsity": self.lognormal_rule.mean if self.lognormal_rule.count else None,
+            "alpha_share_of_nonzeros": self.alpha_share.mean if self.alpha_share.count else None,
+            "steps": self.achieved.count,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the specification, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key != "spec"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            setattr(self, key, Tally(**value) if isinstance(value, dict) else value)

@@ -1,0 +1,98 @@
+"""Which layers of a model are emulated, and how: layer patterns resolved against the modules."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from fpsim.config.schema import Emulation, GradientSpec, TensorSpec
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class PatternError(ValueError):
+    """A layer pattern that matches nothing. `path` is its place in the emulation section (`exclude.0`)."""
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How the tensors of one matrix layer are represented; None is float32."""
+
+    weights: TensorSpec | None
+    activations: TensorSpec | None
+    gradients: GradientSpec | None
+
+
+def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that multiply by a weight matrix, by name, in module order.
+
+    A module counts when it owns a parameter `weight` of two or more dimensions and is neither an embedding nor a
+    normalisation: Linear, convolutions, and whatever else is built like them.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+        and weight.ndim >= 2
+        and not isinstance(module, (*_EMBEDDINGS, *NORMS))
+    }
+
+
+def matching(pattern: str, layers: dict[str, nn.Module]) -> set[str]:
+    """The names of the layers that a pattern means.
+
+    `first` / `last`: the first / last layer; `type:NAME`: layers of a class; `re:REGEX`: names that match as a whole;
+    anything else is a glob on names.
+    """
+    names = list(layers)
+    if pattern in ("first", "last"):
+        return {names[0 if pattern == "first" else -1]} if names else set()
+    if pattern.startswith("type:"):
+        return {name for name, module in layers.items() if type(module).__name__ == pattern[5:]}
+    if pattern.startswith("re:"):
+        return {name for name in names if re.fullmatch(pattern[3:], name)}
+    return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+
+
+def layer_specs(model: nn.Module, emulation: Emulation) -> dict[str, LayerSpec]:
+    """How every matrix layer of the model is represented, by name.
+
+    Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer.
+    """
+    layers = matrix_layers(model)
+
+    def chosen(pattern: str, path: str) -> set[str]:
+        names = matching(pattern, layers)
+        if not names:
+            raise PatternError(path, _no_match(pattern, layers))
+        return names
+
+    included = set().union(*(chosen(p, f"include.{i}") for i, p in enumerate(emulation.include)))
+    excluded = set().union(*(chosen(p, f"exclude.{i}") for i, p in enumerate(emulation.exclude)))
+    float32 = LayerSpec(None, None, None)
+    general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients)
+    specs = {name: general if name in included - excluded else float32 for name in layers}
+    for i, override in enumerate(emulation.overrides):
+        for name in chosen(override.match, f"overrides.{i}.match"):
+            given = {role: getattr(override, role) for role in override.model_fields_set - {"match"}}
+            specs[name] = LayerSpec(**{**vars(specs[name]), **given})
+    return specs
+
+
+def _no_match(pattern: str, layers: dict[str, nn.Module]) -> str:
+    candidates = list(layers)
+    if pattern.startswith("type:"):
+        candidates = sorted({f"type:{type(module).__name__}" for module in layers.values()})
+    close = difflib.get_close_matches(pattern, candidates, n=1, cutoff=0.5)
+    shown = ", ".join(candidates[:12]) + (", ..." if len(candidates) > 12 else "")
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"pattern {pattern!r} matches no matrix layer (layers: {shown or 'none'}){hint}"

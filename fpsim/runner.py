@@ -1,0 +1,416 @@
+"""A run: a configuration trained to its end in a directory of its own, resumable from any moment.
+
+runs/<name>/<UTC time>-<config hash>/
+    config.yaml      the resolved configuration        env.json      versions, machine, threads, commit
+    metrics.jsonl    one line a step and an epoch       steps.csv, epochs.csv   the same as tables
+    log.txt          what happened                      checkpoints/step-N/
+    results.json     what `fpsim report` reads
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import accel
+import models
+from fpsim import checkpoint, data
+from fpsim.config import Config, config_hash, config_to_yaml, load_config, parse_config
+from fpsim.config.schema import Emulation, Ledger
+from fpsim.emulation import Emulator, NonFiniteError, emulate
+from fpsim.errors import ConfigError, Problem, RunError
+from fpsim.files import write_json, write_text
+from fpsim.layers import PatternError
+from fpsim.progress import Progress
+from fpsim.training import (
+    build_optimizer,
+    check_gradients,
+    data_order,
+    evaluate,
+    first_non_finite_layer,
+    generator,
+    learning_rate_factor,
+)
+
+RESULTS_VERSION = 1
+CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
+PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. results: the content of results.json; paths of what it left in `run_dir`."""
+
+    accuracy_percent: float
+    results: dict[str, Any]
+    ledger: accel.Ledger
+    run_dir: Path
+    results_path: Path
+    metrics_path: Path
+
+
+def run(
+    config: Config | Mapping[str, Any] | str | Path,
+    run_dir: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> RunResult:
+    """Train a configuration (an object, a mapping, a file or the name of an experiment) to its end.
+
+    run_dir: a new directory; by default `<output>/<name>/<UTC time>-<config hash>`. quiet: no progress.
+    Raises ConfigError for the user's mistakes (an existing directory included), RunError for a run that fails.
+    """
+    if isinstance(config, str | Path):
+        config = load_config(config, overrides)
+    elif not isinstance(config, Config):
+        config = parse_config(config, overrides)
+    return _train(_Session(config, _new_directory(config, run_dir), quiet), resuming=False)
+
+
+def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
+    """Go on with an interrupted run from its newest checkpoint: the same metrics and weights as without interruption.
+
+    Raises ConfigError for what is not a run directory, RunError for a run that fails or whose checkpoint is damaged.
+    """
+    folder = find_run(run_dir)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
+    environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
+    config = load_config(folder / CONFIG_FILE, [f"threads={environment['threads']}"])
+    return _train(_Session(config, folder, quiet), resuming=True)
+
+
+def find_run(place: str | Path) -> Path:
+    """The run directory that `place` means: itself, or the newest run in a folder of runs. Raises ConfigError."""
+    path = Path(place)
+    if (path / CONFIG_FILE).is_file() or not path.is_dir():
+        return path
+    runs = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
+    if not runs:
+        raise ConfigError([Problem("", "holds neither a run nor runs", str(path))])
+    return runs[-1]
+
+
+class _Session:
+    """Everything that one run works with; built alike for a new run and for a resumed one."""
+
+    def __init__(self, config: Config, folder: Path, quiet: bool) -> None:
+        self.config, self.folder = config, folder
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        try:
+            self.dataset = data.load(config.data, config.seed)
+        except data.DataError as error:
+            raise config.problem("data.root" if hasattr(config.data, "root") else "data", str(error)) from error
+        self.steps_per_epoch = len(self.dataset.train) // config.training.batch_size
+        if self.steps_per_epoch == 0:
+            raise config.problem(
+                "training.batch_size",
+                f"is larger than the training set (got {config.training.batch_size}, {len(self.dataset.train)} samples)",
+            )
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        options = config.model.model_dump(exclude={"name"})
+        try:
+            self.model = models.build(
+                config.model.name, image_shape=self.dataset.image_shape, classes=self.dataset.classes, **options
+            )
+        except ValueError as error:
+            raise config.problem("model", str(error)) from error
+        self.model.train()
+        self.optimizer = build_optimizer(config.training.optimizer, self.model)
+        self.emulator = self._emulate()
+        self.progress = Progress(config.name, self.total_steps, quiet)
+        self.step = 0
+        self.seconds_before = 0.0
+        self.started = time.monotonic()
+        self.history: list[dict[str, Any]] = []
+        self.epoch_loss, self.epoch_correct = 0.0, 0
+
+    def _emulate(self) -> Emulator:
+        spec = self.config.emulation or Emulation(ledger=Ledger())
+        try:
+            return emulate(self.model, spec, seed=self.config.seed, optimizer=self.optimizer)
+        except PatternError as error:
+            raise self.config.problem(f"emulation.{error.path}", str(error)) from error
+
+    @property
+    def seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def save(self, folder: Path) -> None:
+        state = {
+            "seconds": self.seconds,
+            "history": self.history,
+            "epoch_loss": self.epoch_loss,
+            "epoch_correct": self.epoch_correct,
+            "metrics_bytes": (self.folder / METRICS_FILE).stat().st_size,
+            "emulator": self.emulator.state_dict(),
+        }
+        checkpoint.save(folder, self.step, self.model, self.optimizer, state)
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint, if there is one, and cut the metrics back to it."""
+        saved = checkpoint.checkpoints(self.folder / "checkpoints")
+        metrics = self.folder / METRICS_FILE
+        if not saved:
+            metrics.write_bytes(b"")
+            return
+        state = checkpoint.load(saved[-1], self.model, self.optimizer)
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        self.history, self.epoch_loss, self.epoch_correct = (
+            state["history"],
+            state["epoch_loss"],
+            state["epoch_correct"],
+        )
+        self.emulator.load_state_dict(state["emulator"])
+        with metrics.open("r+b") as file:
+            file.truncate(state["metrics_bytes"])
+
+
+def _train(session: _Session, resuming: bool) -> RunResult:
+    config, folder = session.config, session.folder
+    if resuming:
+        session.restore()
+    else:
+        folder.mkdir(parents=True)
+        write_text(folder / CONFIG_FILE, config_to_yaml(config))
+        write_json(folder / "env.json", environment())
+        (folder / METRICS_FILE).write_bytes(b"")
+    log = _logger(folder)
+    log.info("%s %s at step %d of %d", "resume" if resuming else "start", folder, session.step, session.total_steps)
+    log.info("data: %s", session.dataset.description)
+    checkpoints = folder / "checkpoints"
+    every, keep = config.training.checkpoint.every_steps, config.training.checkpoint.keep
+    with _stop_signals() as stopped, (folder / METRICS_FILE).open("a", encoding="utf-8") as metrics, session.progress:
+        session.progress.note(f"{folder}: {session.dataset.description}")
+        while session.step < session.total_steps:
+            try:
+                rows = _train_step(session)
+            except NonFiniteError as error:
+                metrics.flush()
+                session.save(folder / "failed")
+                log.error("%s", error)
+                saved = folder / "failed" / f"step-{session.step}"
+                raise RunError(f"{error}; the state before the step's update is saved in {saved}") from error
+            for row in rows:
+                metrics.write(json.dumps(row) + "\n")
+            epoch_ended = session.step % session.steps_per_epoch == 0
+            if epoch_ended:
+                session.progress.epoch(rows[-1])
+                log.info("epoch %s", rows[-1])
+            if stopped or epoch_ended or session.step % every == 0:
+                metrics.flush()
+                session.save(checkpoints)
+                checkpoint.prune(checkpoints, keep)
+            if stopped and session.step < session.total_steps:
+                log.info("stopped by %s at step %d", stopped[0], session.step)
+                raise RunError(
+                    f"stopped by {stopped[0]} at step {session.step} of {session.total_steps}; the state is saved, "
+                    f"go on with: fpsim resume {folder}"
+                )
+    results = _results(session)
+    write_json(folder / RESULTS_FILE, results)
+    _write_tables(folder)
+    log.info("completed: test accuracy %.2f %%", results["test_accuracy_percent"])
+    paths = (folder / RESULTS_FILE, folder / METRICS_FILE)
+    return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
+
+
+def _train_step(session: _Session) -> list[dict[str, Any]]:
+    """One step, and the evaluation where it ends an epoch: the rows for the metrics."""
+    config, model, emulator, step = session.config, session.model, session.emulator, session.step
+    training, batch = config.training, config.training.batch_size
+    epoch, position = divmod(step, session.steps_per_epoch)
+    if position == 0:
+        emulator.next_epoch()
+        session.epoch_loss, session.epoch_correct = 0.0, 0
+    if step == session.total_steps - 1:
+        emulator.sample_this_step()
+    indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
+    images, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
+    factor = learning_rate_factor(training.schedule, step, session.steps_per_epoch, session.total_steps)
+    learning_rate = training.optimizer.learning_rate * factor
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate
+    session.optimizer.zero_grad()
+    logits = model(images)
+    loss = functional.cross_entropy(logits, labels)
+    loss_value = float(loss.detach())
+    if not math.isfinite(loss_value):
+        raise NonFiniteError("output", first_non_finite_layer(model, images), step)
+    loss.backward()
+    check_gradients(model, step)
+    session.optimizer.step()
+    emulator.step()
+    correct = int((logits.detach().argmax(1) == labels).sum())
+    session.epoch_loss += loss_value
+    session.epoch_correct += correct
+    session.step += 1
+    row = {
+        "kind": "step",
+        "step": session.step,
+        "epoch": epoch + 1,
+        "learning_rate": learning_rate,
+        "loss": loss_value,
+        "accuracy_percent": 100 * correct / batch,
+        "gradient_sparsity": emulator.gradient_sparsity,
+    }
+    session.progress.step(row)
+    return [row] if session.step % session.steps_per_epoch else [row, _end_epoch(session, row)]
+
+
+def _end_epoch(session: _Session, row: dict[str, Any]) -> dict[str, Any]:
+    test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
+    seen = session.steps_per_epoch * session.config.training.batch_size
+    end = {
+        "epoch": row["epoch"],
+        "step": session.step,
+        "learning_rate": row["learning_rate"],
+        "train_loss": session.epoch_loss / session.steps_per_epoch,
+        "train_accuracy_percent": 100 * session.epoch_correct / seen,
+        "test_loss": test_loss,
+        "test_accuracy_percent": test_accuracy,
+        "gradient_sparsity": row["gradient_sparsity"],
+    }
+    session.history.append(end)
+    return {"kind": "epoch", **end}
+
+
+def _results(session: _Session) -> dict[str, Any]:
+    config, last = session.config, session.history[-1]
+    return {
+        "schema_version": RESULTS_VERSION,
+        "name": config.name,
+        "config_hash": config_hash(config),
+        "status": "completed",
+        "seed": config.seed,
+        "emulated": config.emulation is not None,
+        "epochs": config.training.epochs,
+        "steps": session.total_steps,
+        "wall_seconds": session.seconds,
+        "model": config.model.name,
+        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "data": session.dataset.description,
+        "test_accuracy_percent": last["test_accuracy_percent"],
+        "best_test_accuracy_percent": max(row["test_accuracy_percent"] for row in session.history),
+        "test_loss": last["test_loss"],
+        "history": session.history,
+        "gradients": session.emulator.statistics,
+        "ledger": session.emulator.ledger.summary(),
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the configuration: versions, machine, threads, commit."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        **found,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "world_size": 1,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of the source checkout that runs, with "+changes" where files differ; None outside a checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes.strip() else "")
+
+
+def _new_directory(config: Config, given: str | Path | None) -> Path:
+    if given is not None:
+        folder = Path(given)
+    else:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        folder = Path(config.output) / config.name / f"{stamp}-{config_hash(config)}"
+    if folder.exists():
+        message = "run directory exists already: choose another, or go on with it by `fpsim resume`"
+        raise ConfigError([Problem("", message, str(folder))])
+    return folder
+
+
+def _logger(folder: Path) -> logging.Logger:
+    log = logging.Logger(f"fpsim.{folder}")
+    handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    return log
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Names of the stop signals received: SIGINT and SIGTERM end the run after the step under way."""
+    received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number).name)
+        print(f"fpsim: {received[0]}: stopping after this step (once more to stop at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write_tables(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    for kind, name in (("step", "steps.csv"), ("epoch", "epochs.csv")):
+        chosen = [{key: value for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == kind]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(chosen[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(chosen)
+        write_text(folder / name, text.getvalue())

@@ -1,0 +1,105 @@
+"""The parts of a training loop: optimizer, learning-rate schedule, data order, evaluation, checks for NaN and infinity."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fpsim.config.schema import Adam, ConstantSchedule, CosineSchedule, Sgd, StepSchedule
+from fpsim.data import Split
+from fpsim.emulation import NonFiniteError
+
+EVALUATION_BATCH = 250
+
+
+def build_optimizer(spec: Sgd | Adam, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a configuration, over all parameters of the model."""
+    if isinstance(spec, Sgd):
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=spec.learning_rate,
+            momentum=spec.momentum,
+            nesterov=spec.nesterov,
+            weight_decay=spec.weight_decay,
+        )
+    first, second = spec.betas
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=spec.learning_rate,
+        betas=(first, second),
+        eps=spec.epsilon,
+        weight_decay=spec.weight_decay,
+    )
+
+
+def learning_rate_factor(
+    schedule: ConstantSchedule | CosineSchedule | StepSchedule, step: int, steps_per_epoch: int, total_steps: int
+) -> float:
+    """What the learning rate is multiplied by at a step (counted from 0)."""
+    if isinstance(schedule, ConstantSchedule):
+        return 1.0
+    if isinstance(schedule, StepSchedule):
+        return schedule.factor ** sum(step >= m * steps_per_epoch for m in schedule.milestones_epochs)
+    warmup_steps = schedule.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return min((step + 1) / warmup_steps, 1.0)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return schedule.final_factor + (1 - schedule.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator whose state depends on the run's seed and on what it is for, and on nothing else."""
+    digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def data_order(seed: int, epoch: int, samples: int) -> Tensor:
+    """The order in which an epoch (counted from 0) visits the training samples."""
+    return torch.randperm(samples, generator=generator(seed, "order", epoch))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile."""
+    model.eval()
+    loss, correct = 0.0, 0
+    for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
+        images, labels = split.batch(indices)
+        logits = model(images)
+        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        correct += int((logits.argmax(1) == labels).sum())
+    model.train()
+    return loss / len(split), 100 * correct / len(split)
+
+
+def check_gradients(model: nn.Module, step: int) -> None:
+    """Raise NonFiniteError where a weight gradient is NaN or infinite: the layer that backward reached first."""
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if not named or bool(torch.isfinite(nn.utils.get_total_norm([gradient for _, gradient in named]))):
+        return
+    for name, gradient in reversed(named):
+        if not bool(torch.isfinite(gradient).all()):
+            raise NonFiniteError("weight gradient", name, step)
+
+
+@torch.no_grad()
+def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
+    """The first module whose output is NaN or infinite when the model runs on `images`; "loss" when all are finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def after(module: nn.Module, arguments: object, output: object) -> None:
+            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return model.get_submodule(name).register_forward_hook(after)
+
+    handles = [watch(name) for name, module in model.named_modules() if not list(module.children())]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else "loss"
