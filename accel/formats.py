@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 FLOAT32_MAX_EXPONENT = 127
-FLOAT32_MIN_EXPONENT = -149
 FLOAT32_MIN_NORMAL_EXPONENT = -126
 
 
@@ -61,7 +60,9 @@ class Format:
         _check_widths(self.name, self.exponent_bits, self.mantissa_bits)
         if type(self.bias) is not int:
             raise ValueError(f"format {self.name!r}: bias must be an integer (got {self.bias!r})")
-        if self.policy not in POLICIES:
+        if type(self.subnormals) is not bool:
+            raise ValueError(f"format {self.name!r}: subnormals must be true or false (got {self.subnormals!r})")
+        if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(
                 f"format {self.name!r}: unknown policy {self.policy!r}{_nearest(self.policy, POLICIES)}; "
                 f"allowed: {', '.join(POLICIES)}"
@@ -86,12 +87,11 @@ class Format:
             )
         exponent, significand = self._scaled(self.max_code)
         top = exponent + significand.bit_length() - 1
-        bottom = self.min_exponent - (self.mantissa_bits if self.subnormals else 0)
-        if top > FLOAT32_MAX_EXPONENT or bottom < FLOAT32_MIN_EXPONENT:
+        if top > FLOAT32_MAX_EXPONENT:
             raise ValueError(
-                f"format {self.name!r} is not carried by float32: its values span 2^{bottom} to 2^{top}, float32 holds "
-                f"2^{FLOAT32_MIN_EXPONENT} to 2^{FLOAT32_MAX_EXPONENT} (E={self.exponent_bits}, M={self.mantissa_bits}, "
-                f"bias={self.bias}, policy={self.policy})"
+                f"format {self.name!r} is not carried by float32: its values reach up to 2^{top}, float32 ends below "
+                f"2^{FLOAT32_MAX_EXPONENT + 1} (E={self.exponent_bits}, M={self.mantissa_bits}, bias={self.bias}, "
+                f"policy={self.policy})"
             )
 
     def _scaled(self, code: int) -> tuple[int, int]:
@@ -154,7 +154,7 @@ class Format:
 
     @property
     def min_normal(self) -> float:
-        """Smallest normal number, 2^(1 - bias). Below it values are subnormal (all values are, for exponent_bits = 0)."""
+        """Smallest normal number, 2^(1 - bias). Values below it are subnormal (all are, for exponent_bits = 0)."""
         return float(np.ldexp(1.0, self.min_exponent))
 
     @property
@@ -237,7 +237,7 @@ def format(spec: str | Mapping[str, object] | Format) -> Format:
         name = ALIASES.get(spec, spec)
         if name in PRESETS:
             return PRESETS[name]
-        match = re.fullmatch(r"e(\d)m(\d{1,2})(fn|fnuz)?", name)
+        match = re.fullmatch(r"e(\d)m(\d|[12]\d)(fn|fnuz)?", name)
         if not match:
             raise ValueError(
                 f"unknown format {spec!r}{_nearest(spec, PRESETS)}; allowed: {', '.join(PRESETS)}, "

@@ -9,6 +9,7 @@ differentiable; `fpsim.emulate` gives them their gradients.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -54,17 +55,16 @@ def quantize(
     zero. NaN stays NaN, signs survive, -0 becomes +0 only where the format has no -0.
     scale: a positive finite number, or an array of them that broadcasts to x's shape.
     out: float32 tensor of x's shape (may be x) that receives the result and is returned.
-    Raises ValueError or TypeError for arguments that are not as said, and for a 16-bit x that cannot hold every value of
-    `fmt` (give a float32 `out`); never for the values of x.
+    Raises ValueError or TypeError for arguments that are not as said, and where the result's 16-bit dtype cannot hold
+    every value of `fmt` (give a float32 `out`); never for the values of x.
     """
     tensor, target = _tensor(x, "x"), None if out is None else _tensor(out, "out")
     described = format(fmt)
-    if tensor.dtype != torch.float32 and target is None:
-        _check_holds(tensor.dtype, described)
+    _check_holds((tensor if target is None else target).dtype, described)
     p = _parameters(described, rounding, overflow, random_bits, flush_subnormals)
-    source = _flat(tensor)
     scales, row_length = _rows(scale, tensor)
     result = _result(tensor, target)
+    source = _flat(tensor, result)
     words = _word_key(seed, stream, step, offset, tensor.numel())
     if rounding == "nearest_even":
         _run(cpu.quantize_nearest_even, source, scales, row_length, _view(result), *p)
@@ -102,9 +102,9 @@ def encode(
     if not described.has_nan and bool(torch.isnan(tensor).any()):
         first = int(torch.isnan(tensor.reshape(-1)).nonzero()[0])
         raise ValueError(f"x holds a NaN at flat index {first}; format {described.name!r} has no NaN code")
-    source = _flat(tensor)
     scales, row_length = _rows(scale, tensor)
     codes = torch.empty(tensor.shape, dtype=dtype) if target is None else target
+    source = _flat(tensor, codes)
     words = _word_key(seed, stream, step, offset, tensor.numel())
     if rounding == "nearest_even":
         _run(cpu.encode_nearest_even, source, scales, row_length, _view(codes), *p)
@@ -148,18 +148,19 @@ def prune(
 ) -> Array:
     """Stochastic pruning, the operator T of Chmiel et al. (ICLR 2021): unbiased, E[T(x)] = x.
 
-    T(x) = x where |x| >= alpha; sign(x) alpha where alpha eps <= |x| < alpha; else +0, with eps = (word >> 8) 2^-24 from
-    the word of (seed, stream, step, offset + index). Zeros stay zero, NaN stays NaN; alpha = 0 changes nothing.
+    T(x) = x where |x| >= alpha; sign(x) alpha where alpha eps <= |x| < alpha; else +0, with eps = (word >> 8) 2^-24
+    from the word of (seed, stream, step, offset + index). Zeros stay zero, NaN stays NaN; alpha = 0 changes nothing.
     x: float32, float16 or bfloat16; a 16-bit x must represent alpha exactly unless `out` is float32. Raises ValueError
     for a negative or non-finite alpha.
     """
     tensor, target = _tensor(x, "x"), None if out is None else _tensor(out, "out")
     threshold = _alpha(alpha)
-    if target is None and float(torch.tensor(float(threshold)).to(tensor.dtype)) != float(threshold):
-        raise ValueError(f"alpha = {float(threshold)!r} is not a value of {tensor.dtype}: give a float32 `out`")
+    dtype = (tensor if target is None else target).dtype
+    if float(torch.tensor(float(threshold)).to(dtype)) != float(threshold):
+        raise ValueError(f"alpha = {float(threshold)!r} is not a value of {dtype}: give a float32 `out`")
     result = _result(tensor, target)
     words = _word_key(seed, stream, step, offset, tensor.numel())
-    _run(cpu.prune, _flat(tensor), threshold, _view(result), *words)
+    _run(cpu.prune, _flat(tensor, result), threshold, _view(result), *words)
     return _deliver(result, x, tensor, target, out)
 
 
@@ -198,8 +199,8 @@ def prune_quantize(
     stochastic = rounding == "stochastic"
     threshold = _alpha(alpha)
     _run(
-        cpu.prune_quantize, _flat(tensor), threshold, scales, row_length, _view(result), nonzeros, alphas, stochastic,
-        *words, *p,
+        cpu.prune_quantize, _flat(tensor, result), threshold, scales, row_length, _view(result), nonzeros, alphas,
+        stochastic, *words, *p,
     )  # fmt: skip
     if threshold == 0:
         alphas[:] = 0
@@ -208,7 +209,13 @@ def prune_quantize(
 
 def _tensor(x: torch.Tensor | npt.NDArray[Any], name: str, any_dtype: bool = False) -> torch.Tensor:
     if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x)
+        plain = x.flags.writeable and x.dtype.isnative and all(stride >= 0 for stride in x.strides)
+        if name == "out" and not plain:
+            raise ValueError("out must be a writable array of native byte order without negative strides")
+        try:
+            x = torch.from_numpy(x if plain else np.array(x, dtype=x.dtype.newbyteorder("=")))
+        except TypeError:
+            raise TypeError(f"{name} must hold numbers of a dtype that torch has (got {x.dtype})") from None
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor or a NumPy array (got {type(x).__name__})")
     if x.layout != torch.strided:
@@ -217,7 +224,7 @@ def _tensor(x: torch.Tensor | npt.NDArray[Any], name: str, any_dtype: bool = Fal
         raise TypeError(f"{name} must be on the CPU (got {x.device}): this version has no kernels for other devices")
     if not any_dtype and x.dtype not in CARRIERS:
         raise TypeError(f"{name} must be float32, float16 or bfloat16 (got {x.dtype})")
-    return x.detach()
+    return x.detach() if name == "out" else x.detach().resolve_neg()
 
 
 def _parameters(
@@ -247,10 +254,21 @@ def _check_holds(dtype: torch.dtype, fmt: Format) -> None:
 
 
 def _alpha(alpha: float) -> np.float32:
-    value = np.float32(alpha)
+    value = _as_float32(alpha)
     if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"alpha must be finite and not negative, also as float32 (got {alpha!r})")
+        raise ValueError(f"alpha must be one number, finite and not negative, also as float32 (got {alpha!r})")
     return value
+
+
+def _as_float32(number: object) -> np.float32:
+    """A real number as float32 (infinite where it is too large); NaN for anything that is not one."""
+    if isinstance(number, bool | str | bytes):
+        return np.float32(np.nan)
+    try:
+        with np.errstate(over="ignore"):
+            return np.float32(float(number))  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return np.float32(np.nan)
 
 
 def _word_key(
@@ -263,35 +281,45 @@ def _word_key(
 
 
 def _rows(scale: Scale, x: torch.Tensor) -> tuple[npt.NDArray[np.float32], int]:
-    """The scale as one float32 a row of equal scale, and the row's length: the trailing dimensions it does not vary over."""
+    """The scale as one float32 a row of equal scale, and the row's length: the last dimensions, where it is one."""
     length = max(x.numel(), 1)
     if scale is None:
         return np.ones(1, np.float32), length
-    given = torch.as_tensor(scale).detach()
-    if given.is_complex() or given.device.type != "cpu":
-        raise TypeError(f"scale must hold real numbers on the CPU (got {given.dtype} on {given.device})")
+    if not isinstance(scale, torch.Tensor | np.ndarray):
+        if not isinstance(scale, int | float | np.number) or isinstance(scale, bool):
+            raise TypeError(f"scale must hold real numbers (got {scale!r})")
+        number = _as_float32(scale)
+        if not (np.isfinite(number) and number > 0):
+            raise ValueError(f"scale must be positive and finite, also as float32 (got {scale!r})")
+        return np.full(1, number), length
+    given = _tensor(scale, "scale", any_dtype=True)
+    if given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"scale must hold real numbers (got {given.dtype})")
     values = given.to(torch.float32)
-    if not bool((torch.isfinite(values) & (values > 0)).all()):
-        first = values.reshape(-1)[~(torch.isfinite(values) & (values > 0)).reshape(-1)][0]
-        raise ValueError(f"scale must be positive and finite, also as float32 (got {float(first)!r})")
-    if values.numel() == 1:
-        return values.reshape(1).numpy(), length
+    wrong = ~(torch.isfinite(values) & (values > 0))
+    if bool(wrong.any()):
+        raise ValueError(f"scale must be positive and finite, also as float32 (got {float(given[wrong][0])!r})")
     try:
-        aligned = (
-            values.reshape((1,) * (x.ndim - values.ndim) + tuple(values.shape)) if values.ndim <= x.ndim else values
-        )
-        aligned.expand(x.shape)
+        spread = values.expand(x.shape)
     except RuntimeError:
         raise ValueError(
             f"scale of shape {tuple(values.shape)} does not broadcast to x's shape {tuple(x.shape)}"
         ) from None
-    varying = max(d for d in range(x.ndim) if aligned.shape[d] > 1) + 1
-    rows = aligned.reshape(aligned.shape[:varying]).expand(x.shape[:varying]).reshape(-1)
-    return rows.contiguous().numpy(), max(int(np.prod(x.shape[varying:])), 1)
+    if x.numel() == 0 or values.numel() == 1:
+        return values.reshape(-1)[:1].contiguous().numpy() if values.numel() else np.ones(1, np.float32), length
+    varying = max((d for d in range(x.ndim) if spread.stride(d) != 0 and x.shape[d] > 1), default=-1) + 1
+    for _ in x.shape[varying:]:
+        spread = spread[..., 0]
+    return spread.reshape(-1).contiguous().numpy(), max(math.prod(x.shape[varying:]), 1)
 
 
-def _flat(x: torch.Tensor) -> npt.NDArray[np.float32]:
-    return x.to(torch.float32).contiguous().reshape(-1).numpy()
+def _flat(x: torch.Tensor, result: torch.Tensor) -> npt.NDArray[np.float32]:
+    """x in row-major order as float32; a copy where `result` overlaps it other than element on element."""
+    flat = _view(x.to(torch.float32).contiguous())
+    target = _view(result)
+    if flat.ctypes.data != target.ctypes.data or flat.dtype != target.dtype:
+        return flat.copy() if np.may_share_memory(flat, target) else flat
+    return flat
 
 
 def _view(x: torch.Tensor) -> npt.NDArray[Any]:
@@ -304,7 +332,8 @@ def _result(x: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
         return torch.empty(x.shape, dtype=torch.float32)
     if target.shape != x.shape or target.dtype not in (torch.float32, x.dtype):
         raise ValueError(
-            f"out must be a float32 or {x.dtype} tensor of shape {tuple(x.shape)} (got {target.dtype} {tuple(target.shape)})"
+            f"out must be a float32 or {x.dtype} tensor of shape {tuple(x.shape)} "
+            f"(got {target.dtype}, {tuple(target.shape)})"
         )
     direct = target.dtype == torch.float32 and target.is_contiguous()
     return target if direct else torch.empty(x.shape, dtype=torch.float32)

@@ -80,6 +80,7 @@ def parameters(
     magic_exponent = fmt.min_exponent + below_shift
     prescale_exponent = 64 if magic_exponent > 127 else 0
     flush_input, flush_output = flush_subnormals in (True, "input"), flush_subnormals in (True, "output")
+    min_normal = fmt.min_normal if fmt.min_exponent <= 127 else np.inf
     beyond, beyond_code = fmt.max, fmt.max_code
     if overflow == "ieee" and fmt.infinity_code is not None:
         beyond, beyond_code = np.inf, fmt.infinity_code
@@ -90,27 +91,27 @@ def parameters(
     u32, f32 = np.uint32, np.float32
     return Parameters(
         shift=u32(shift),
-        lsb=u32(1 if shift else 0),
-        half=u32((1 << shift >> 1) - 1 if shift else 0),
+        lsb=u32(1 if shift and fmt.mantissa_bits else 0),
+        half=u32((1 << shift >> 1) - (1 if fmt.mantissa_bits else 0) if shift else 0),
         keep=u32(0xFFFFFFFF ^ ((1 << shift) - 1)),
         word_shift=u32(32 - shift if shift else 31),
         word_mask=u32(((1 << kept_word_bits) - 1) << (shift - kept_word_bits)),
         word_mask_32=u32(((1 << random_bits) - 1) << (32 - random_bits)),
         subnormal_shift=u32(1000 if flush_input else below_shift + fmt.min_exponent + 127),
-        min_normal=f32(fmt.min_normal),
+        min_normal=f32(min_normal),
         prescale=f32(0 if flush_input else 2.0**-prescale_exponent),
         magic=f32(2.0 ** (magic_exponent - prescale_exponent)),
         step=f32(fmt.min_subnormal),
         max=f32(fmt.max),
         overflow=f32(beyond),
-        flush_below=f32(fmt.min_normal if flush_output else 0),
+        flush_below=f32(min_normal if flush_output else 0),
         signed_from=u32(0x80000000 if fmt.has_negative_zero else 0x7FFFFFFF),
         code_offset=u32((127 - fmt.bias) << fmt.mantissa_bits & 0xFFFFFFFF),
         step_shift=u32(0 if fmt.subnormals else fmt.mantissa_bits),
         sign_shift=u32(32 - fmt.bits),
         max_code=u32(fmt.max_code),
         overflow_code=u32(beyond_code),
-        flush_below_code=u32(1 << fmt.mantissa_bits if flush_output else 0),
+        flush_below_code=u32(min(1 << fmt.mantissa_bits, fmt.max_code + 1) if flush_output else 0),
         nan_code=u32(fmt.nan_code or 0),
         infinity_code=u32(absent if fmt.infinity_code is None else fmt.infinity_code),
         negative_zero_nan=u32(absent if fmt.has_negative_zero else fmt.nan_code or 0),
@@ -155,7 +156,7 @@ def round_nearest_even(x, p):  # type: ignore[no-untyped-def]
 
 @scalar
 def round_stochastic(x, word, p):  # type: ignore[no-untyped-def]
-    """Round |x| up with the probability of its discarded fraction, by a 32-bit random word: (pattern, steps) as above."""
+    """Round |x| up with the probability of its discarded fraction, by a random word: (pattern, steps) as above."""
     bits = np.uint32(bits_of(x) & MAGNITUDE)
     pattern = np.uint32(bits + np.uint32(right(word, p.word_shift) & p.word_mask))
     field = right(bits, EXPONENT_SHIFT)
@@ -211,7 +212,7 @@ def value_of(code, p):  # type: ignore[no-untyped-def]
 
 @scalar
 def prune_stochastic(x, word, alpha):  # type: ignore[no-untyped-def]
-    """The operator T (Chmiel et al., ICLR 2021): x where |x| >= alpha, else sign(x) alpha with probability |x|/alpha, else 0.
+    """The operator T: x where |x| >= alpha, else sign(x) alpha with probability |x| / alpha, else 0.
 
     eps = (word >> 8) 2^-24 in [0, 1); alpha eps is one float32 product. Zeros stay zero, NaN stays NaN.
     """

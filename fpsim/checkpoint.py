@@ -1,4 +1,4 @@
-"""Checkpoints: a folder `step-N` with the tensors (safetensors) and the rest of the state (JSON), renamed into place."""
+"""Checkpoints: a folder `step-N` with the tensors (safetensors) and the other state (JSON), renamed into place."""
 
 from __future__ import annotations
 

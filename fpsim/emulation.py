@@ -11,6 +11,7 @@ Rounding is straight-through: gradients pass it unchanged.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from fpsim.errors import RunError
 from fpsim.gradients.pruning import LayerPruning
 from fpsim.layers import NORMS, LayerSpec, layer_specs, matrix_layers
 from fpsim.scales import largest_magnitude, sample, scale_of
+
+Scale = float | Tensor | None
 
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
@@ -262,9 +265,9 @@ class Emulator:
             )
         return _StraightThrough.apply(x, rounded) if x.requires_grad else rounded
 
-    def _scale(self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str) -> Tensor | None:
+    def _scale(self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str) -> Scale:
         amax = largest_magnitude(x, dim)
-        if not bool(torch.isfinite(amax).all()):
+        if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
             layer, role = what.split("/")[:2]
             raise NonFiniteError(role, layer, self.step_number)
         return scale_of(x, fmt, spec.scale, amax, dim)
@@ -298,7 +301,7 @@ class Emulator:
         role: GradientSpec,
         fmt: accel.Format,
         dy: Tensor,
-        scale: Tensor | None,
+        scale: Scale,
         stream: str,
     ) -> tuple[Tensor, float, accel.BlockCounts]:
         if pruning.wants_sample:
@@ -465,16 +468,16 @@ def _output_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
 
 
-def _snap(alpha: float, fmt: accel.Format, scale: Tensor | None) -> float:
+def _snap(alpha: float, fmt: accel.Format, scale: Scale) -> float:
     """The value of the (scaled) format nearest to alpha, never 0 for a positive alpha."""
     if alpha == 0:
         return 0.0
-    unit = 1.0 if scale is None else float(scale.max())
+    unit = 1.0 if scale is None else float(scale)
     snapped = float(accel.quantize(torch.tensor(alpha), fmt, scale=unit))
     return snapped if snapped > 0 else float(torch.tensor(fmt.min_subnormal) * unit)
 
 
-def _code_histogram(x: Tensor, fmt: accel.Format, scale: Tensor | None, alpha: float) -> tuple[int, ...] | None:
+def _code_histogram(x: Tensor, fmt: accel.Format, scale: Scale, alpha: float) -> tuple[int, ...] | None:
     """How often each code occurs in a rounded tensor; an alpha that lies off the grid counts as codes of its own."""
     if fmt.bits > HISTOGRAM_BITS or x.numel() == 0 or (not fmt.has_nan and bool(x.isnan().any())):
         return None

@@ -127,7 +127,7 @@ class _Session:
         if self.steps_per_epoch == 0:
             raise config.problem(
                 "training.batch_size",
-                f"is larger than the training set (got {config.training.batch_size}, {len(self.dataset.train)} samples)",
+                f"larger than the training set of {len(self.dataset.train)} (got {config.training.batch_size})",
             )
         self.total_steps = self.steps_per_epoch * config.training.epochs
         options = config.model.model_dump(exclude={"name"})

@@ -1,4 +1,4 @@
-"""The parts of a training loop: optimizer, learning-rate schedule, data order, evaluation, checks for NaN and infinity."""
+"""The parts of a training loop: optimizer, learning-rate schedule, data order, evaluation, checks for NaN."""
 
 from __future__ import annotations
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from accel.formats import Format
+from accel.kernels import cpu
+from accel.rounding import parameters
 
 
 def encode_values(x: npt.NDArray[np.float32], fmt: Format, scale: np.float32) -> npt.NDArray[np.uint32]:
@@ -27,18 +30,8 @@ def encode_values(x: npt.NDArray[np.float32], fmt: Format, scale: np.float32) ->
 
 def decode_values(codes: npt.NDArray[np.uint32], fmt: Format, scale: np.float32) -> npt.NDArray[np.float32]:
     """The value of each code times scale, one float32 product: float32 of codes' shape."""
-    negative = (codes >> np.uint32(fmt.bits - 1)) != 0
-    magnitude = codes.astype(np.int64) & ((1 << (fmt.bits - 1)) - 1)
-    field, mantissa = magnitude >> fmt.mantissa_bits, magnitude & ((1 << fmt.mantissa_bits) - 1)
-    significand = np.where(field > 0, mantissa | (1 << fmt.mantissa_bits), mantissa if fmt.subnormals else 0)
-    values = np.ldexp(significand.astype(np.float64), np.maximum(field, 1) - fmt.bias - fmt.mantissa_bits)
-    special = magnitude > fmt.max_code
-    if fmt.infinity_code is not None:
-        values[magnitude == fmt.infinity_code] = np.inf
-        special &= magnitude != fmt.infinity_code
-    if not fmt.has_negative_zero:
-        special |= negative & (magnitude == 0)
-    values[special] = np.nan
+    values = np.empty(codes.shape, np.float32)
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    cpu.run(cpu.decode, flat.size, flat, values.reshape(-1), *parameters(fmt), threads=torch.get_num_threads())
     with np.errstate(over="ignore", under="ignore"):
-        scaled = values.astype(np.float32) * scale
-    return np.where(negative & ~special, -scaled, scaled)
+        return values * scale

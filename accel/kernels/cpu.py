@@ -17,9 +17,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from accel.kernels.jit import Kernel, kernel, scalar
+from accel.kernels.jit import Kernel, config, kernel, scalar
 from accel.random import LOW_WORD, WORD_BITS, philox4x32
 from accel.rounding import (
+    FLOAT_ZERO,
     MAGNITUDE,
     Parameters,
     bits_of,
@@ -35,7 +36,7 @@ CHUNK = 4096  # elements whose random words are held at once, and the block of t
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
-MAX_THREADS: int = numba.get_num_threads()
+MAX_THREADS: int = config.NUMBA_NUM_THREADS
 
 _launching = threading.Lock()  # numba's fallback threading layer is not safe to enter from two threads
 _forked = False
@@ -59,8 +60,12 @@ def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHU
     length = -(-size // (pieces * align)) * align
     bounds = np.minimum(np.arange(pieces + 1) * length, size)
     with _launching:
+        before = numba.get_num_threads()
         numba.set_num_threads(pieces)
-        loop.parallel(arguments, bounds)
+        try:
+            loop.parallel(arguments, bounds)
+        finally:
+            numba.set_num_threads(before)
 
 
 @scalar
@@ -208,7 +213,7 @@ def prune_quantize_rows(start, stop, x, alpha, scales, row_length, out, buffer, 
             v = np.float32(kept / scale)
             pattern, steps = round_stochastic(v, words[i], p) if stochastic else round_nearest_even(v, p)
             value = np.float32(finish(pattern, steps, v, p) * scale)
-            value = kept if is_alpha(kept, alpha) else value
+            value = kept if is_alpha(kept, alpha) and alpha > FLOAT_ZERO else value
             target[i] = value
             row_nonzeros = np.int32(row_nonzeros + np.int32(bits_of(value) != 0))
             row_alphas = np.int32(row_alphas + np.int32(is_alpha(value, alpha)))

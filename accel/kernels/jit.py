@@ -28,7 +28,16 @@ def _cache_folder() -> str:
     return str(Path(root) / f"kernels-{digest.hexdigest()}")
 
 
+def _is_writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
 CACHE_FOLDER = _cache_folder()
+CACHED = _is_writable(CACHE_FOLDER)  # elsewhere numba would cache beside the sources, where no digest tells stale bits
 config: Any = numba.core.config  # has no type stubs
 
 
@@ -52,14 +61,16 @@ def scalar(function: Callable[..., Any]) -> Any:
 def kernel(loop: Callable[..., None]) -> Kernel:
     """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk.
 
-    The parallel form finds its loop as a global, not in a closure: numba does not cache closures over functions.
+    The parallel form finds its loop as a global, not in a closure: numba does not cache closures over functions. It
+    bears the loop's name because numba tells cached functions apart by name, and all parallel forms share their code.
     """
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER
     try:
-        serial = numba.njit(loop, nogil=True, cache=True)
+        serial = numba.njit(loop, nogil=True, cache=CACHED)
         parallel = FunctionType(_parallel.__code__, {"numba": numba, "serial": serial}, f"{loop.__name__}_parallel")
         parallel.__module__ = loop.__module__
-        return Kernel(serial, numba.njit(parallel, nogil=True, parallel=True, cache=True))
+        parallel.__qualname__ = f"{loop.__module__}.{loop.__qualname__}"
+        return Kernel(serial, numba.njit(parallel, nogil=True, parallel=True, cache=CACHED))
     finally:
         config.CACHE_DIR = before

@@ -46,7 +46,7 @@ def gradients(count: int, seed: int = 0) -> Floats:
     stream=st.integers(0, 2**32 - 1),
     step=st.integers(0, 2**32 - 1),
     offset=st.integers(0, 2**62 - 1000),
-    alpha=st.floats(0, 2.0**127, width=32) | st.floats(1e-4, 1, width=32) | st.just(0.0) | st.just(2.0**-146),
+    alpha=st.floats(0, 2.0**127, width=32) | st.floats(2.0**-13, 1, width=32) | st.just(0.0) | st.just(2.0**-146),
 )
 def test_prune_is_the_operator_t(seed: int, stream: int, step: int, offset: int, alpha: float) -> None:
     x = np.concatenate(

@@ -1,0 +1,143 @@
+"""A training step of an emulated ResNet18 over the plain float32 step, and where the difference goes.
+
+Two copies of the network train side by side on the same random batch, step by step in turn. The profile times the parts
+of the emulation from inside, in a run of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import Comparison, alternate, machine, print_lines, print_table, results_path, write_json
+from torch.nn import functional
+
+import accel
+import fpsim.emulation
+import models
+from fpsim.emulation import Emulator, emulate
+from fpsim.gradients.pruning import LayerPruning
+
+# name: (image shape, width, batch size, target ratio of performance)
+CASES: dict[str, tuple[tuple[int, int, int], int, int, float | None]] = {
+    "width 16, batch 128, 3x32x32": ((3, 32, 32), 16, 128, 1.35),
+    "width 64, batch 128, 3x32x32": ((3, 32, 32), 64, 128, 1.15),
+    "width 16, batch 64, 1x28x28 (quickstart)": ((1, 28, 28), 16, 64, None),
+}
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "quantize weights and activations": [(accel, "quantize")],
+    "prune + quantize gradients": [(accel, "prune_quantize")],
+    "scales": [(fpsim.emulation, "largest_magnitude"), (fpsim.emulation, "scale_of")],
+    "thresholds": [(LayerPruning, "renew")],
+    "ledger": [
+        (accel, "count_blocks"),
+        (Emulator, "_store"),
+        (Emulator, "_record_update"),
+        (fpsim.emulation, "stored_encoded"),
+        (fpsim.emulation, "_code_histogram"),
+    ],
+}
+
+
+def training_step(shape: tuple[int, int, int], width: int, batch: int, accelerator: str | None) -> Callable[[], None]:
+    """One step on a fixed batch: forward, backward, SGD update."""
+    torch.manual_seed(0)
+    model = models.build("resnet18", image_shape=shape, classes=10, width=width)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    emulator = None if accelerator is None else emulate(model, accelerator, optimizer=optimizer)
+    images, labels = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        if emulator is not None:
+            emulator.step()
+
+    return step
+
+
+@contextmanager
+def stopwatches() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of PARTS, the outermost call counting."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    running: list[str] = []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if running:
+                return function(*arguments, **named)
+            running.append(part)
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                seconds[part] += time.perf_counter() - start
+                running.pop()
+
+        return call
+
+    originals = [(part, owner, name, getattr(owner, name)) for part, places in PARTS.items() for owner, name in places]
+    for part, owner, name, function in originals:
+        setattr(owner, name, timed(part, function))
+    try:
+        yield seconds
+    finally:
+        for _, owner, name, function in originals:
+            setattr(owner, name, function)
+
+
+def profile(emulated: Callable[[], None], plain_seconds: float, steps: int) -> dict[str, float]:
+    """Mean milliseconds of a step that each part takes; the remainder is hooks and what emulation does to the rest."""
+    with stopwatches() as seconds:
+        start = time.perf_counter()
+        for _ in range(steps):
+            emulated()
+        total = time.perf_counter() - start
+    parts = {part: 1e3 * value / steps for part, value in seconds.items()}
+    parts["everything else (hooks, memory)"] = 1e3 * (total / steps - plain_seconds) - sum(parts.values())
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=50, help="steps of each kind (default 50: one ledger sample)")
+    parser.add_argument("--case", choices=list(CASES), action="append", help="only this case (may be repeated)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    description = machine()
+    print_lines(description)
+    document: dict[str, Any] = {"machine": description, "cases": {}}
+    rows, profiles = [], []
+    for name in arguments.case or CASES:
+        shape, width, batch, target = CASES[name]
+        plain, emulated = (training_step(shape, width, batch, kind) for kind in (None, "fp8-training"))
+        times = alternate({"emulated": emulated, "plain": plain}, arguments.repeats, warm_ups=3)
+        comparison = Comparison(times["emulated"], times["plain"])
+        mean_ratio = sum(times["emulated"].seconds) / sum(times["plain"].seconds)
+        parts = profile(emulated, times["plain"].median, arguments.repeats)
+        document["cases"][name] = {
+            **comparison.figures(),
+            "ratio_of_means": mean_ratio,
+            "target_ratio": target,
+            "profile_milliseconds_per_step": parts,
+        }
+        met = "" if target is None else "yes" if comparison.ratio_of_medians <= target else "no"
+        rows.append([
+            name, f"{1e3 * times['plain'].median:.1f}", f"{1e3 * times['emulated'].median:.1f}",
+            f"{comparison.ratio_of_medians:.2f}", f"{mean_ratio:.2f}", "" if target is None else f"{target:.2f}", met,
+        ])  # fmt: skip
+        profiles.append([name, *(f"{value:.1f}" for value in parts.values())])
+    columns = ["ResNet18", "plain ms", "emulated ms", "ratio of medians", "of means", "target", "met"]
+    print_table("Training step, emulated (fp8-training) over plain float32", columns, rows)
+    print_table("Where the difference goes, mean ms a step", ["ResNet18", *PARTS, "everything else"], profiles)
+    write_json(arguments.json or results_path("training_step", description["processor"]), document)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,668 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import fpsim
+import models
+from fpsim import checkpoint, runner
+from fpsim.config import load_config, parse_config
+from fpsim.emulation import NonFiniteError
+from fpsim.errors import ConfigError, FpsimError, RunError
+from fpsim.report import load_results
+from fpsim.runner import resume, run
+
+pytestmark = pytest.mark.usefixtures("restored_threads")
+
+FILES = ["checkpoints", "config.yaml", "env.json", "epochs.csv", "log.txt", "metrics.jsonl", "results.json", "steps.csv"]
+STEPS, STEPS_PER_EPOCH = 10, 5
+DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
+SGD = {"name": "sgd", "learning_rate": 0.05}
+ADAM = {"name": "adam", "learning_rate": 0.01}
+EMULATED: dict[str, Any] = {
+    "weights": {"format": "e4m3fn", "scale": "amax", "granularity": "channel", "rounding": "stochastic"},
+    "activations": {"format": "e4m3fn", "scale": "power_of_two"},
+    "gradients": {
+        "format": "e5m2",
+        "rounding": "stochastic",
+        "scale": "lognormal_mean",
+        "pruning": {"sparsity": 0.8, "refresh": 3},
+        "codec": "alpha",
+    },
+    "exclude": ["last"],
+    "ledger": {"every_steps": 4},
+}
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """A run of 10 steps in 2 epochs, a checkpoint every 3 steps."""
+    training = {
+        "epochs": 2,
+        "batch_size": 8,
+        "optimizer": SGD,
+        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
+        "checkpoint": {"every_steps": 3, "keep": 2},
+    }
+    return {
+        "name": "tiny",
+        "seed": 7,
+        "threads": 1,
+        "data": {**DATA, "augment": True},
+        "model": {"name": "mlp", "hidden": [16, 12]},
+        "training": {**training, **changes.pop("training", {})},
+        "emulation": EMULATED,
+        **changes,
+    }
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Everything in a run directory that must not depend on interruptions."""
+    results = json.loads((folder / "results.json").read_text())
+    for key in ("wall_seconds", "environment"):
+        del results[key]
+    newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    del state["seconds"]
+    return {
+        "results": results,
+        "state": state,
+        **{name: (newest / name).read_bytes() for name in checkpoint.TENSOR_FILES},
+        **{name: (folder / name).read_bytes() for name in ("metrics.jsonl", "steps.csv", "epochs.csv", "config.yaml")},
+        "files": sorted(path.name for path in folder.iterdir()),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
+
+
+def assert_same(folder: Path, expected: dict[str, Any]) -> None:
+    found = outcome(folder)
+    assert [key for key in expected if found[key] != expected[key]] == []
+
+
+class Killed(BaseException):
+    """Nothing in the product catches this: the process might as well be gone."""
+
+
+@contextmanager
+def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[None]:
+    """The run dies at the beginning of the step that follows `steps` steps."""
+    train_step, done = runner._train_step, 0
+
+    def step(session: Any) -> list[dict[str, Any]]:
+        nonlocal done
+        if done == steps:
+            raise Killed
+        done += 1
+        return train_step(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_train_step", step)
+        with pytest.raises(Killed):
+            yield
+
+
+def noisy_mlp(image_shape: tuple[int, int, int], classes: int, hidden: list[int]) -> nn.Module:
+    """Layers that draw from torch's generator, and layers with buffers."""
+    channels, height, width = image_shape
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * height * width, hidden[0]),
+        nn.BatchNorm1d(hidden[0]),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(hidden[0], hidden[1]),
+        nn.ReLU(),
+        nn.Linear(hidden[1], classes),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _noisy_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "mlp", noisy_mlp)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_documented_files(tmp_path: Path) -> None:
+    config = parse_config(settings())
+    result = run(config, tmp_path / "made" / "run", quiet=True)
+    folder = tmp_path / "made" / "run"
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-10", "step-9"]
+    assert load_config(folder / "config.yaml") == config
+
+    results = load_results(folder)
+    assert results == result.results
+    assert (results["name"], results["seed"], results["status"], results["emulated"]) == ("tiny", 7, "completed", True)
+    assert (results["epochs"], results["steps"]) == (2, STEPS)
+    assert results["test_accuracy_percent"] == result.accuracy_percent == results["history"][-1]["test_accuracy_percent"]
+    assert results["best_test_accuracy_percent"] == max(row["test_accuracy_percent"] for row in results["history"])
+    assert results["ledger"]["sampled_steps"] == result.ledger.steps == [0, 4, 8, 9]
+    assert [row["steps"] for row in results["gradients"]] == [STEPS, STEPS]
+    assert (result.run_dir, result.results_path) == (folder, folder / "results.json")
+    assert result.metrics_path == folder / "metrics.jsonl"
+    assert json.loads((folder / "env.json").read_text())["threads"] == 1
+
+
+def test_metrics_and_tables_agree(tmp_path: Path) -> None:
+    folder = run(settings(), tmp_path / "run", quiet=True).run_dir
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    expected_kinds = (["step"] * STEPS_PER_EPOCH + ["epoch"]) * 2
+    assert [row["kind"] for row in rows] == expected_kinds
+    for kind, name in (("step", "steps.csv"), ("epoch", "epochs.csv")):
+        with (folder / name).open(newline="") as file:
+            table = list(csv.DictReader(file))
+        chosen = [{key: str(value) for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == kind]
+        assert table == chosen
+    steps = [row for row in rows if row["kind"] == "step"]
+    epochs = [row for row in rows if row["kind"] == "epoch"]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert [row["epoch"] for row in steps] == [1] * 5 + [2] * 5
+    for number, epoch in enumerate(epochs):
+        own = steps[number * STEPS_PER_EPOCH : (number + 1) * STEPS_PER_EPOCH]
+        assert epoch["train_loss"] == pytest.approx(sum(row["loss"] for row in own) / len(own), rel=1e-12)
+        accuracy = sum(row["accuracy_percent"] for row in own) / len(own)
+        assert epoch["train_accuracy_percent"] == pytest.approx(accuracy, rel=1e-12)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["history"] == [{key: value for key, value in row.items() if key != "kind"} for row in epochs]
+
+
+def test_gradient_sparsity_of_a_step_is_that_step_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the first step after an evaluation, where counting must begin anew."""
+    elements: list[int] = []
+    train_step = runner._train_step
+
+    def step(session: Any) -> list[dict[str, Any]]:
+        rows = train_step(session)
+        elements.append(session.emulator._step_elements)
+        return rows
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    run(settings(), tmp_path / "run", quiet=True)
+    assert elements == [8 * (16 + 12)] * STEPS
+
+
+def test_plain_float32_run(tmp_path: Path) -> None:
+    results = run(settings(emulation=None), tmp_path / "run", quiet=True).results
+    assert results["emulated"] is False
+    assert results["gradients"] == []
+    traffic = results["ledger"]["traffic_bits_per_step"]["total"]
+    assert traffic["encoded"] == traffic["fp32"] > 0
+    assert results["ledger"]["sampled_steps"] == [0, 9]
+
+
+def test_the_same_configuration_gives_the_same_run(tmp_path: Path) -> None:
+    first, second = (run(settings(), tmp_path / name, quiet=True).run_dir for name in "ab")
+    assert_same(second, outcome(first))
+    other = run(settings(seed=8), tmp_path / "c", quiet=True).run_dir
+    assert outcome(other)["model.safetensors"] != outcome(first)["model.safetensors"]
+
+
+def test_default_directory_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = run(settings(emulation=None, output="out"), quiet=True).run_dir
+    assert folder.parent == Path("out/tiny")
+    assert folder.name.endswith("-" + load_results(folder)["config_hash"])
+
+
+def test_overrides_apply_to_every_kind_of_configuration(tmp_path: Path) -> None:
+    """An override that is given must not be dropped, whatever the configuration was given as."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings(emulation=None)))
+    for number, config in enumerate((settings(emulation=None), str(file), parse_config(settings(emulation=None)))):
+        result = run(config, tmp_path / str(number), overrides=["seed=99"], quiet=True)
+        assert result.results["seed"] == 99
+
+
+def test_a_run_closes_its_files(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    run(settings(emulation=None), tmp_path / "run", quiet=True)
+    left = {os.path.realpath(f"/proc/self/fd/{number}") for number in set(os.listdir("/proc/self/fd")) - before}
+    assert [path for path in left if str(tmp_path) in path] == []
+
+
+# --- runs that cannot start -----------------------------------------------------------------------------------------
+
+
+def test_an_existing_directory_is_refused_untouched(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists already.*fpsim resume"):
+        run(settings(), folder)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_that_appears_meanwhile_is_refused_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    load = runner.data.load
+
+    def slow_load(*arguments: Any) -> Any:
+        folder.mkdir()
+        return load(*arguments)
+
+    monkeypatch.setattr(runner.data, "load", slow_load)
+    with pytest.raises(ConfigError, match="exists already"):
+        run(settings(), folder, quiet=True)
+
+
+def test_a_directory_that_cannot_be_made_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file"):
+        run(settings(), tmp_path / "file" / "run", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "message"),
+    [
+        (("root: ROOT", "root: /nowhere/at/all"), "root", "data.root: /nowhere/at/all.*not found"),
+        (("exclude: [last]", "exclude: [last, fc9]"), "fc9", "emulation.exclude.1: pattern 'fc9' matches no matrix"),
+        (("batch_size: 8", "batch_size: 50"), "50", r"training.batch_size: is larger than the .* \(got 50, 43 samples\)"),
+        (("name: mlp", "name: lenet"), "name: lenet", "model: lenet needs images of at least 12x12"),
+    ],
+)
+def test_a_failed_start_leaves_nothing_and_says_where(
+    tmp_path: Path, change: tuple[str, str], key: str, message: str
+) -> None:
+    data = "name: mnist, root: ROOT" if "root" in key else ", ".join(f"{k}: {v}" for k, v in DATA.items())
+    text = f"""\
+data: {{{data}}}
+model:
+  name: mlp
+training:
+  epochs: 1
+  batch_size: 8
+  optimizer: {{name: sgd, learning_rate: 0.1}}
+emulation:
+  weights: {{format: e4m3fn}}
+  exclude: [last]
+"""
+    assert change[0] in text
+    text = text.replace(*change)
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(file, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (problem,) = caught.value.problems
+    assert problem.file == str(file)
+    assert problem.line is not None
+    assert problem.column is not None
+    assert text.splitlines()[problem.line - 1][problem.column - 1 :].startswith(
+        "/nowhere" if key == "root" else key
+    )
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+CASES: dict[str, dict[str, Any]] = {
+    "sgd, empirical": settings(),
+    "adam, lognormal, bitmask": settings(
+        training={"optimizer": ADAM, "schedule": {"name": "step", "milestones_epochs": [1], "factor": 0.1}},
+        emulation={
+            "gradients": {
+                "format": "e5m2",
+                "scale": "power_of_two",
+                "pruning": {"sparsity": 0.7, "threshold": "lognormal"},
+                "codec": "bitmask",
+            },
+            "weights": {"format": "e3m4", "scale": "amax"},
+            "ledger": {"every_steps": 3},
+        },
+    ),
+    "float32, sgd without momentum": settings(
+        training={"optimizer": {**SGD, "momentum": 0.0}}, emulation=None, data=DATA
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    expected = outcome(run(CASES[case], tmp_path / "whole", quiet=True).run_dir)
+    for steps in range(STEPS):
+        folder = tmp_path / f"killed-{steps}"
+        with killed_after(monkeypatch, steps):
+            run(CASES[case], folder, quiet=True)
+        with (folder / "metrics.jsonl").open("a") as metrics:
+            metrics.write('{"kind": "step", "step": 99}\n{"kind": "st')
+        torch.rand(3)
+        resume(folder, quiet=True)
+        assert_same(folder, expected)
+
+
+def test_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+    folder = tmp_path / "killed"
+    with killed_after(monkeypatch, 4):
+        run(settings(), folder, quiet=True)
+    for _ in range(3):  # from step 3 to 5, 6, 9
+        with killed_after(monkeypatch, 3):
+            resume(folder, quiet=True)
+    resume(folder, quiet=True)
+    assert_same(folder, expected)
+
+
+def test_stopped_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+    received: list[str] = []
+
+    @contextmanager
+    def signals() -> Iterator[list[str]]:
+        yield received
+
+    train_step = runner._train_step
+
+    def stopped_in(last: int) -> Callable[[Any], list[dict[str, Any]]]:
+        def step(session: Any) -> list[dict[str, Any]]:
+            if session.step == last:
+                received.append("SIGTERM")
+            return train_step(session)
+
+        return step
+
+    for last in range(STEPS - 1):
+        folder = tmp_path / f"stopped-{last}"
+        received.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "_stop_signals", signals)
+            patch.setattr(runner, "_train_step", stopped_in(last))
+            message = f"stopped by SIGTERM at step {last + 1} of 10; .* fpsim resume {folder}"
+            with pytest.raises(RunError, match=message):
+                run(settings(), folder, quiet=True)
+        assert not (folder / "results.json").exists()
+        assert (folder / "checkpoints" / f"step-{last + 1}").is_dir()
+        resume(folder, quiet=True)
+        found = outcome(folder)
+        assert found.pop("checkpoints")[0] == "step-10"  # beside the last but one, which depends on where it stopped
+        assert [key for key in found if found[key] != expected[key]] == []
+
+    received.clear()
+    monkeypatch.setattr(runner, "_stop_signals", signals)
+    monkeypatch.setattr(runner, "_train_step", stopped_in(STEPS - 1))
+    assert run(settings(), tmp_path / "stopped-at-the-end", quiet=True).results["status"] == "completed"
+
+
+@pytest.mark.parametrize("last_call", ["_results", "_write_tables"])
+def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str) -> None:
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+
+    def die(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, last_call, die)
+        with pytest.raises(Killed):
+            run(settings(), tmp_path / "run", quiet=True)
+    resume(tmp_path / "run", quiet=True)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+    folder = tmp_path / "run"
+    write_json = checkpoint.write_json
+
+    def die(path: Path, data: Any) -> None:
+        if data["step"] == 6:
+            raise Killed
+        write_json(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_json", die)
+        with pytest.raises(Killed):
+            run(settings(), folder, quiet=True)
+    (partial,) = (folder / "checkpoints").glob(".*")
+    partial.rename(partial.with_name(".step-6.1.tmp"))  # as another process would have left it
+    resume(folder, quiet=True)
+    assert_same(folder, expected)
+
+
+def test_resume_of_a_completed_run_changes_nothing(tmp_path: Path) -> None:
+    folder = run(settings(), tmp_path / "run", quiet=True).run_dir
+    before = outcome(folder)
+    resume(folder, quiet=True)
+    assert_same(folder, before)
+
+
+def test_resume_takes_the_newest_run_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("20260101T000000Z-a", "20260102T000000Z-a"):
+        with killed_after(monkeypatch, 4):
+            run(settings(), tmp_path / name, quiet=True)
+    assert resume(tmp_path, quiet=True).run_dir == tmp_path / "20260102T000000Z-a"
+
+
+def test_resume_restores_the_thread_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    with killed_after(monkeypatch, 4):
+        run(settings(threads=None), tmp_path / "run", quiet=True)
+    torch.set_num_threads(1)
+    assert resume(tmp_path / "run", quiet=True).results["environment"]["threads"] == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["threads"] is None
+
+
+def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither a run nor runs"):
+        resume(tmp_path)
+    with pytest.raises(ConfigError, match="not a run directory"):
+        resume(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"threads": "many"}'])
+def test_resume_with_a_damaged_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    with killed_after(monkeypatch, 4):
+        run(settings(), tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "env.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(FpsimError, match=r"env\.json|threads"):
+        resume(tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing"])
+def test_resume_with_damaged_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    with killed_after(monkeypatch, 4):
+        run(settings(), tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "metrics.jsonl"
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, 100)
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        resume(tmp_path / "run", quiet=True)
+
+
+def test_resume_refuses_a_checkpoint_of_another_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the weights fit: another emulation would go on with thresholds that are not its own."""
+    with killed_after(monkeypatch, 4):
+        run(settings(), tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["emulation"]["exclude"] = []
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(FpsimError, match="other layers"):
+        resume(tmp_path / "run", quiet=True)
+
+
+# --- runs that fail -------------------------------------------------------------------------------------------------
+
+
+def first_non_finite(model: nn.Sequential, images: torch.Tensor) -> str:
+    """By hand, for a network that is one sequence."""
+    x = images
+    for name, module in model.named_children():
+        x = module(x)
+        if not bool(torch.isfinite(x).all()):
+            return name
+    raise AssertionError("all finite")
+
+
+@pytest.fixture
+def plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "mlp", models.MLP)
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_a_loss_that_overflows(tmp_path: Path) -> None:
+    config = settings(emulation=None, training={"optimizer": {**SGD, "learning_rate": 1e30}})
+    folder = tmp_path / "run"
+    with pytest.raises(NonFiniteError.__mro__[1], match="step 1") as caught:
+        run(config, folder, quiet=True)
+    cause = caught.value.__cause__
+    assert isinstance(cause, NonFiniteError)
+    assert not (folder / "results.json").exists()
+    assert str(folder / "failed" / "step-1") in str(caught.value)
+    assert "not finite" in (folder / "log.txt").read_text()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+    parsed = parse_config(config)
+    session = runner._Session(parsed, tmp_path / "unused", quiet=True)
+    checkpoint.load(folder / "failed" / "step-1", session.model, session.optimizer)
+    indices = runner.data_order(parsed.seed, 0, 43)[8:16]
+    images, _ = session.dataset.train.batch(indices, runner.generator(parsed.seed, "augment", 1))
+    session.emulator.detach()
+    assert isinstance(session.model, nn.Sequential)
+    assert cause.layer == first_non_finite(session.model, images)
+
+
+@pytest.mark.parametrize("emulation", [None, EMULATED, {**EMULATED, "exclude": ["first", "last"]}])
+@pytest.mark.parametrize("parameter", ["1.weight", "1.bias", "3.weight", "3.bias", "5.weight"])
+@pytest.mark.usefixtures("plain_network")
+def test_a_nan_is_blamed_on_the_layer_where_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: dict[str, Any] | None, parameter: str
+) -> None:
+    train_step = runner._train_step
+
+    def step(session: Any) -> list[dict[str, Any]]:
+        if session.step == 3:
+            session.model.get_parameter(parameter).data[0] = float("nan")
+        return train_step(session)
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    with pytest.raises(RunError, match=f"of layer '{parameter[0]}' is not finite at step 3; .*failed/step-3"):
+        run(settings(emulation=emulation), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "failed" / "step-3" / "model.safetensors").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("scale", ["none", "lognormal_mean"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("plain_network")
+def test_a_neural_gradient_that_is_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str, value: float
+) -> None:
+    train_step = runner._train_step
+
+    def step(session: Any) -> list[dict[str, Any]]:
+        if session.step == 3:
+            layer = session.model.get_submodule("4")  # the ReLU behind layer 3
+            layer.register_forward_hook(lambda module, x, y: y.register_hook(lambda dy: dy.fill_(value)) and None)
+        return train_step(session)
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    emulation = {**EMULATED, "gradients": {**EMULATED["gradients"], "scale": scale}}
+    with pytest.raises(RunError, match="gradient of layer '3' is not finite at step 3"):
+        run(settings(emulation=emulation), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "failed" / "step-3").is_dir()
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_a_weight_gradient_that_is_not_finite_keeps_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = runner._train_step
+    weights: dict[str, torch.Tensor] = {}
+
+    def step(session: Any) -> list[dict[str, Any]]:
+        if session.step == 3:
+            session.model.get_parameter("3.weight").register_hook(lambda gradient: gradient * float("nan"))
+            weights.update({name: value.clone() for name, value in session.model.state_dict().items()})
+        return train_step(session)
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    with pytest.raises(RunError, match=r"weight gradient of layer '3(\.weight)?' is not finite at step 3"):
+        run(settings(emulation=None), tmp_path / "run", quiet=True)
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("emulation", [None, EMULATED])
+@pytest.mark.usefixtures("plain_network")
+def test_weights_that_overflow_in_the_last_step_are_no_result(tmp_path: Path, emulation: dict[str, Any] | None) -> None:
+    """The evaluation meets the infinity first; the state that the message promises is the one that is saved."""
+    training = {"epochs": 1, "batch_size": 43, "optimizer": {**SGD, "learning_rate": 1e30}}
+    with pytest.raises(RunError, match="not finite"):
+        run(settings(training=training, emulation=emulation), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert (tmp_path / "run" / "failed").is_dir()
+
+
+# --- real processes and signals -------------------------------------------------------------------------------------
+
+LONG = settings(training={"epochs": 120, "checkpoint": {"every_steps": 7, "keep": 2}})
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The file of a run long enough to be interrupted, and its outcome without interruption."""
+    folder = tmp_path_factory.mktemp("long")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(LONG))
+    threads = torch.get_num_threads()
+    whole = fpsim.run(config, folder / "whole", quiet=True)
+    torch.set_num_threads(threads)
+    return config, outcome(whole.run_dir)
+
+
+def interrupted(config: Path, folder: Path, number: int) -> subprocess.CompletedProcess[str]:
+    """Run until the first checkpoints are there, then send the signal."""
+    command = [sys.executable, "-m", "fpsim.cli", "run", str(config), "--run-dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoints" / "step-14").exists():
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert not (folder / "results.json").exists()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_kill_and_resume(tmp_path: Path, long_run: tuple[Path, dict[str, Any]]) -> None:
+    config, expected = long_run
+    folder = tmp_path / "run"
+    assert interrupted(config, folder, signal.SIGKILL).returncode == -signal.SIGKILL
+    command = [sys.executable, "-m", "fpsim.cli", "resume", str(folder), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same(folder, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("plain_network")
+def test_stop_signals(tmp_path: Path, long_run: tuple[Path, dict[str, Any]], number: signal.Signals) -> None:
+    config, expected = long_run
+    folder = tmp_path / "run"
+    stopped = interrupted(config, folder, number)
+    assert stopped.returncode == 1
+    assert f"stopped by {number.name} at step" in stopped.stderr
+    assert f"fpsim resume {folder}" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    resume(folder, quiet=True)
+    assert_same(folder, expected)
