@@ -83,7 +83,8 @@ class Format:
         if self.min_exponent < FLOAT32_MIN_NORMAL_EXPONENT:
             raise ValueError(
                 f"format {self.name!r} is not carried by float32: its normal numbers begin at 2^{self.min_exponent}, "
-                f"float32's at 2^{FLOAT32_MIN_NORMAL_EXPONENT} (bias must be at most {1 - FLOAT32_MIN_NORMAL_EXPONENT}, got {self.bias})"
+                f"float32's at 2^{FLOAT32_MIN_NORMAL_EXPONENT} (bias must be at most "
+                f"{1 - FLOAT32_MIN_NORMAL_EXPONENT}, got {self.bias})"
             )
         exponent, significand = self._scaled(self.max_code)
         top = exponent + significand.bit_length() - 1
