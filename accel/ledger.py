@@ -196,9 +196,9 @@ class Ledger:
             "tensors": self.tensors(),
         }
 
-    def to_data(self) -> list[dict[str, Any]]:
-        """The records as plain data (JSON)."""
-        return [asdict(record) for record in self.records]
+    def to_data(self, first: int = 0) -> list[dict[str, Any]]:
+        """The records from number `first` on, as plain data (JSON)."""
+        return [asdict(record) for record in self.records[first:]]
 
     @classmethod
     def from_data(cls, data: Iterable[Mapping[str, Any]]) -> Ledger:

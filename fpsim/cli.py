@@ -62,18 +62,15 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: tables on stdout, and report.html."""
+    from rich.console import Console
+
     from fpsim.report import comparison, load_results
     from fpsim.report import report as write_report
     from fpsim.runner import find_run
 
-    folders = [find_run(path) for path in runs]
-    if as_json:
-        print(json.dumps(comparison([load_results(folder) for folder in folders]), indent=1))
-        return
-    from rich.console import Console
-
-    console = Console()
-    print(write_report(folders, output, width=console.width, color=console.is_terminal and not console.no_color))
+    folders, console = [find_run(path) for path in runs], Console()
+    text = write_report(folders, output, width=console.width, color=console.is_terminal and not console.no_color)
+    print(json.dumps(comparison([load_results(f) for f in folders]), indent=1) if as_json else text)
 
 
 @app.command()
@@ -99,13 +96,7 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="S
 
     found = all_presets()
     if name is None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("kind", "name", "what it is", box=None, header_style="bold")
-        for preset in found:
-            table.add_row(preset.kind, preset.name, preset.summary)
-        Console().print(table)
+        _print_table(["kind", "name", "what it is"], [[one.kind, one.name, one.summary] for one in found])
         return
     chosen = [preset for preset in found if preset.name == name]
     if not chosen:
@@ -129,21 +120,14 @@ def formats(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0], box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console = Console()
-    console.print(table)
+    _print_table(
+        list(rows[0]), [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    )
     if name is not None and chosen[0].bits <= 8:
-        codes = Table("code", "value", "code", "value", box=None, header_style="bold")
         values = chosen[0].codes().tolist()
         half = len(values) // 2
-        for code in range(half):
-            codes.add_row(*(f"{text}" for c in (code, code + half) for text in (f"0x{c:02x}", f"{values[c]:g}")))
-        console.print(codes)
+        pairs = [[text for c in (i, i + half) for text in (f"0x{c:02x}", f"{values[c]:.7g}")] for i in range(half)]
+        _print_table(["code", "value", "code", "value"], pairs)
 
 
 def main() -> None:
@@ -154,8 +138,6 @@ def main() -> None:
         _fail(str(error), 2)
     except FpsimError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -174,6 +156,21 @@ def _show_result(result: Any, as_json: bool) -> None:
         return
     print(f"{result.run_dir}: test accuracy {result.accuracy_percent:.2f} % (seed {result.results['seed']})")
     print(f"report: fpsim report {result.run_dir}")
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A plain table, as wide as its content whatever the terminal: no number is cut."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for title in header:
+        table.add_column(title, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, console.measure(table).maximum)
+    console.print(table, soft_wrap=True)
 
 
 def _format_row(fmt: Any) -> dict[str, object]:

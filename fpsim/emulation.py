@@ -98,6 +98,7 @@ class Emulator:
         self._last_layer = ""
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
+        self._step_is_new = True
         self._watcher = _AddendWatcher(self)
         self._handles = [
             model.register_forward_pre_hook(self._begin_forward),
@@ -133,6 +134,11 @@ class Emulator:
             self._check_all_ran()
         self.step_number += 1
         self._sampled = False
+        self._step_is_new = True
+        self._occurrences.clear()
+
+    def restart_step(self) -> None:
+        """Have the current step's forward pass draw the same random words again."""
         self._occurrences.clear()
 
     def next_epoch(self) -> None:
@@ -147,11 +153,10 @@ class Emulator:
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step number, thresholds, statistics and ledger, as plain data (JSON)."""
+        """Step number, thresholds and statistics, as plain data (JSON). The ledger has its own `to_data`."""
         return {
             "step": self.step_number,
             "pruning": {name: pruning.state_dict() for name, pruning in self.pruning.items()},
-            "ledger": self.ledger.to_data(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,7 +168,6 @@ class Emulator:
         self.step_number = state["step"]
         for name, pruning in self.pruning.items():
             pruning.load_state_dict(state["pruning"][name])
-        self.ledger = Ledger.from_data(state["ledger"])
 
     @property
     def gradient_sparsity(self) -> float | None:
@@ -226,8 +230,9 @@ class Emulator:
         return before
 
     def _begin_forward(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if model.training and torch.is_grad_enabled() and not self._occurrences:
+        if model.training and torch.is_grad_enabled() and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
+            self._step_is_new = False
         if self._recording:
             self._watcher.__enter__()
 
@@ -304,9 +309,7 @@ class Emulator:
         scale: Scale,
         stream: str,
     ) -> tuple[Tensor, float, accel.BlockCounts]:
-        if pruning.wants_sample:
-            pruning.renew(sample(dy).numpy())
-        alpha = float(np.float32(pruning.alpha))
+        alpha = float(np.float32(pruning.threshold(sample(dy).numpy())))
         if role.codec != "alpha":
             alpha = _snap(alpha, fmt, scale)
         rounded, counts = accel.prune_quantize(

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 
@@ -20,10 +20,9 @@ class Progress:
         self.live = not quiet and sys.stderr.isatty()
         self.bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self.console,
@@ -49,8 +48,8 @@ class Progress:
         """Show the figures of one step."""
         if self.live:
             sparsity = row["gradient_sparsity"]
-            figures = f"loss {row['loss']:.3f}  accuracy {row['accuracy_percent']:.1f} %"
-            figures += "" if sparsity is None else f"  dY sparsity {sparsity:.3f}"
+            figures = f"loss {row['loss']:.3f} acc {row['accuracy_percent']:.0f} %"
+            figures += "" if sparsity is None else f" dY {100 * sparsity:.0f} % zero"
             self.bar.update(self.task, completed=row["step"], figures=figures)
 
     def epoch(self, row: dict[str, Any]) -> None:

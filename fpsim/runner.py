@@ -3,6 +3,7 @@
 runs/<name>/<UTC time>-<config hash>/
     config.yaml      the resolved configuration        env.json      versions, machine, threads, commit
     metrics.jsonl    one line a step and an epoch       steps.csv, epochs.csv   the same as tables
+    ledger.jsonl     what sampled steps stored and moved, tensor by tensor
     log.txt          what happened                      checkpoints/step-N/
     results.json     what `fpsim report` reads
 """
@@ -14,6 +15,7 @@ import io
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -52,7 +54,8 @@ from fpsim.training import (
 )
 
 RESULTS_VERSION = 1
-CONFIG_FILE, METRICS_FILE, RESULTS_FILE = "config.yaml", "metrics.jsonl", "results.json"
+CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
+METRICS_FILE, LEDGER_FILE = "metrics.jsonl", "ledger.jsonl"
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
 
@@ -82,8 +85,8 @@ def run(
     """
     if isinstance(config, str | Path):
         config = load_config(config, overrides)
-    elif not isinstance(config, Config):
-        config = parse_config(config, overrides)
+    elif overrides or not isinstance(config, Config):
+        config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
     return _train(_Session(config, _new_directory(config, run_dir), quiet), resuming=False)
 
 
@@ -95,8 +98,11 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
     folder = find_run(run_dir)
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
-    environment = json.loads((folder / "env.json").read_text(encoding="utf-8"))
-    config = load_config(folder / CONFIG_FILE, [f"threads={environment['threads']}"])
+    try:
+        threads = int(json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}") from error
+    config = load_config(folder / CONFIG_FILE, [f"threads={threads}"])
     return _train(_Session(config, folder, quiet), resuming=True)
 
 
@@ -105,10 +111,10 @@ def find_run(place: str | Path) -> Path:
     path = Path(place)
     if (path / CONFIG_FILE).is_file() or not path.is_dir():
         return path
-    runs = sorted(child for child in path.iterdir() if (child / CONFIG_FILE).is_file())
+    runs = [child for child in path.iterdir() if (child / CONFIG_FILE).is_file()]
     if not runs:
         raise ConfigError([Problem("", "holds neither a run nor runs", str(path))])
-    return runs[-1]
+    return max(runs, key=lambda child: (child / CONFIG_FILE).stat().st_mtime_ns)
 
 
 class _Session:
@@ -146,6 +152,7 @@ class _Session:
         self.started = time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.epoch_loss, self.epoch_correct = 0.0, 0
+        self.ledger_rows = 0
 
     def _emulate(self) -> Emulator:
         spec = self.config.emulation or Emulation(ledger=Ledger())
@@ -158,34 +165,52 @@ class _Session:
     def seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.started
 
+    def append(self, file: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add one line a row to a JSONL file of the run."""
+        with (self.folder / file).open("a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+
     def save(self, folder: Path) -> None:
+        """Write a checkpoint below `folder`, and the ledger's new records."""
+        self.append(LEDGER_FILE, self.emulator.ledger.to_data(self.ledger_rows))
+        self.ledger_rows = len(self.emulator.ledger.records)
         state = {
             "seconds": self.seconds,
             "history": self.history,
             "epoch_loss": self.epoch_loss,
             "epoch_correct": self.epoch_correct,
-            "metrics_bytes": (self.folder / METRICS_FILE).stat().st_size,
+            "bytes": {name: (self.folder / name).stat().st_size for name in (METRICS_FILE, LEDGER_FILE)},
             "emulator": self.emulator.state_dict(),
         }
         checkpoint.save(folder, self.step, self.model, self.optimizer, state)
 
     def restore(self) -> None:
-        """Take up the newest checkpoint, if there is one, and cut the metrics back to it."""
-        saved = checkpoint.checkpoints(self.folder / "checkpoints")
-        metrics = self.folder / METRICS_FILE
+        """Take up the newest checkpoint, if there is one, and cut metrics and ledger back to it."""
+        folder = self.folder / "checkpoints"
+        checkpoint.clean(folder)
+        saved = checkpoint.checkpoints(folder)
         if not saved:
-            metrics.write_bytes(b"")
+            for name in (METRICS_FILE, LEDGER_FILE):
+                (self.folder / name).write_bytes(b"")
             return
         state = checkpoint.load(saved[-1], self.model, self.optimizer)
-        self.step, self.seconds_before = state["step"], state["seconds"]
-        self.history, self.epoch_loss, self.epoch_correct = (
-            state["history"],
-            state["epoch_loss"],
-            state["epoch_correct"],
-        )
-        self.emulator.load_state_dict(state["emulator"])
-        with metrics.open("r+b") as file:
-            file.truncate(state["metrics_bytes"])
+        try:
+            self.step, self.seconds_before, self.history = state["step"], state["seconds"], state["history"]
+            self.epoch_loss, self.epoch_correct = state["epoch_loss"], state["epoch_correct"]
+            self.emulator.load_state_dict(state["emulator"])
+            for name, size in state["bytes"].items():
+                _truncate(self.folder / name, size)
+            rows = (self.folder / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
+            self.emulator.ledger = accel.Ledger.from_data(json.loads(row) for row in rows)
+        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+            raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
+        self.ledger_rows = len(rows)
+
+
+def _truncate(path: Path, size: int) -> None:
+    if path.stat().st_size < size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, at least {size} are expected")
+    os.truncate(path, size)
 
 
 def _train(session: _Session, resuming: bool) -> RunResult:
@@ -193,52 +218,57 @@ def _train(session: _Session, resuming: bool) -> RunResult:
     if resuming:
         session.restore()
     else:
-        folder.mkdir(parents=True)
+        _make_directory(folder)
+        write_json(folder / ENVIRONMENT_FILE, environment())
+        for name in (METRICS_FILE, LEDGER_FILE):
+            (folder / name).write_bytes(b"")
         write_text(folder / CONFIG_FILE, config_to_yaml(config))
-        write_json(folder / "env.json", environment())
-        (folder / METRICS_FILE).write_bytes(b"")
-    log = _logger(folder)
-    log.info("%s %s at step %d of %d", "resume" if resuming else "start", folder, session.step, session.total_steps)
-    log.info("data: %s", session.dataset.description)
-    checkpoints = folder / "checkpoints"
-    every, keep = config.training.checkpoint.every_steps, config.training.checkpoint.keep
-    with _stop_signals() as stopped, (folder / METRICS_FILE).open("a", encoding="utf-8") as metrics, session.progress:
+    with _logging(folder) as log, _stop_signals() as stopped, session.progress:
+        begun = "resume" if resuming else "start"
+        log.info("%s %s at step %d of %d", begun, folder, session.step, session.total_steps)
+        log.info("data: %s", session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
-        while session.step < session.total_steps:
-            try:
-                rows = _train_step(session)
-            except NonFiniteError as error:
-                metrics.flush()
-                session.save(folder / "failed")
-                log.error("%s", error)
-                saved = folder / "failed" / f"step-{session.step}"
-                raise RunError(f"{error}; the state before the step's update is saved in {saved}") from error
-            for row in rows:
-                metrics.write(json.dumps(row) + "\n")
-            epoch_ended = session.step % session.steps_per_epoch == 0
-            if epoch_ended:
-                session.progress.epoch(rows[-1])
-                log.info("epoch %s", rows[-1])
-            if stopped or epoch_ended or session.step % every == 0:
-                metrics.flush()
-                session.save(checkpoints)
-                checkpoint.prune(checkpoints, keep)
-            if stopped and session.step < session.total_steps:
-                log.info("stopped by %s at step %d", stopped[0], session.step)
-                raise RunError(
-                    f"stopped by {stopped[0]} at step {session.step} of {session.total_steps}; the state is saved, "
-                    f"go on with: fpsim resume {folder}"
-                )
-    results = _results(session)
-    write_json(folder / RESULTS_FILE, results)
-    _write_tables(folder)
-    log.info("completed: test accuracy %.2f %%", results["test_accuracy_percent"])
+        try:
+            _train_steps(session, log, stopped)
+        except NonFiniteError as error:
+            session.save(folder / "failed")
+            log.error("%s", error)
+            raise RunError(
+                f"{error}; the state at that moment is saved in {folder / 'failed' / f'step-{session.step}'}"
+            ) from error
+        results = _results(session)
+        write_json(folder / RESULTS_FILE, results)
+        _write_tables(folder)
+        log.info("completed: test accuracy %.2f %%", results["test_accuracy_percent"])
     paths = (folder / RESULTS_FILE, folder / METRICS_FILE)
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
-def _train_step(session: _Session) -> list[dict[str, Any]]:
-    """One step, and the evaluation where it ends an epoch: the rows for the metrics."""
+def _train_steps(session: _Session, log: logging.Logger, stopped: list[str]) -> None:
+    """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
+    folder, spec = session.folder / "checkpoints", session.config.training.checkpoint
+    while session.step < session.total_steps:
+        row = _train_step(session)
+        session.append(METRICS_FILE, [row])
+        epoch_ended = session.step % session.steps_per_epoch == 0
+        if epoch_ended:
+            end = _end_epoch(session, row)
+            session.append(METRICS_FILE, [end])
+            session.progress.epoch(end)
+            log.info("epoch %s", end)
+        if stopped or epoch_ended or session.step % spec.every_steps == 0:
+            session.save(folder)
+            checkpoint.prune(folder, spec.keep)
+        if stopped and session.step < session.total_steps:
+            log.info("stopped by %s at step %d", stopped[0], session.step)
+            raise RunError(
+                f"stopped by {stopped[0]} at step {session.step} of {session.total_steps}; the state is saved, "
+                f"go on with: fpsim resume {session.folder}"
+            )
+
+
+def _train_step(session: _Session) -> dict[str, Any]:
+    """One step: its row for the metrics. Raises NonFiniteError before the weights are updated."""
     config, model, emulator, step = session.config, session.model, session.emulator, session.step
     training, batch = config.training, config.training.batch_size
     epoch, position = divmod(step, session.steps_per_epoch)
@@ -254,11 +284,17 @@ def _train_step(session: _Session) -> list[dict[str, Any]]:
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
     session.optimizer.zero_grad()
-    logits = model(images)
-    loss = functional.cross_entropy(logits, labels)
-    loss_value = float(loss.detach())
-    if not math.isfinite(loss_value):
-        raise NonFiniteError("output", first_non_finite_layer(model, images), step)
+    random_state = torch.get_rng_state()
+    try:
+        logits = model(images)
+        loss = functional.cross_entropy(logits, labels)
+        loss_value = float(loss.detach())
+        if not math.isfinite(loss_value):
+            raise NonFiniteError("loss", "(last)", step)
+    except NonFiniteError as error:
+        emulator.restart_step()
+        layer = first_non_finite_layer(model, images, random_state)
+        raise error if layer is None else NonFiniteError("output", layer, step) from None
     loss.backward()
     check_gradients(model, step)
     session.optimizer.step()
@@ -277,11 +313,14 @@ def _train_step(session: _Session) -> list[dict[str, Any]]:
         "gradient_sparsity": emulator.gradient_sparsity,
     }
     session.progress.step(row)
-    return [row] if session.step % session.steps_per_epoch else [row, _end_epoch(session, row)]
+    return row
 
 
 def _end_epoch(session: _Session, row: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate: the epoch's row for the metrics. Raises NonFiniteError when the test loss is not finite."""
     test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
+    if not math.isfinite(test_loss):
+        raise NonFiniteError("test loss", "(last)", session.step)
     seen = session.steps_per_epoch * session.config.training.batch_size
     end = {
         "epoch": row["epoch"],
@@ -375,12 +414,24 @@ def _new_directory(config: Config, given: str | Path | None) -> Path:
     return folder
 
 
-def _logger(folder: Path) -> logging.Logger:
+def _make_directory(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError([Problem("", f"run directory cannot be made: {reason}", str(folder))]) from error
+
+
+@contextmanager
+def _logging(folder: Path) -> Iterator[logging.Logger]:
     log = logging.Logger(f"fpsim.{folder}")
     handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
-    return log
+    try:
+        yield log
+    finally:
+        handler.close()
 
 
 @contextmanager

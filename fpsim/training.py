@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+@lru_cache(maxsize=1)
 def data_order(seed: int, epoch: int, samples: int) -> Tensor:
     """The order in which an epoch (counted from 0) visits the training samples."""
     return torch.randperm(samples, generator=generator(seed, "order", epoch))
@@ -65,6 +67,7 @@ def data_order(seed: int, epoch: int, samples: int) -> Tensor:
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile."""
+    was_training = model.training
     model.eval()
     loss, correct = 0.0, 0
     for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
@@ -72,7 +75,7 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
         logits = model(images)
         loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         correct += int((logits.argmax(1) == labels).sum())
-    model.train()
+    model.train(was_training)
     return loss / len(split), 100 * correct / len(split)
 
 
@@ -83,23 +86,36 @@ def check_gradients(model: nn.Module, step: int) -> None:
         return
     for name, gradient in reversed(named):
         if not bool(torch.isfinite(gradient).all()):
-            raise NonFiniteError("weight gradient", name, step)
+            layer, _, parameter = name.rpartition(".")
+            raise NonFiniteError(f"gradient of {parameter}", layer, step)
 
 
 @torch.no_grad()
-def first_non_finite_layer(model: nn.Module, images: Tensor) -> str:
-    """The first module whose output is NaN or infinite when the model runs on `images`; "loss" when all are finite."""
+def first_non_finite_layer(model: nn.Module, images: Tensor, random_state: Tensor) -> str | None:
+    """The first module whose output is NaN or infinite when the model runs on `images`; None when all are finite.
+
+    random_state: of torch, when the run under question began. The model is left as it was.
+    """
     found: list[str] = []
 
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def after(module: nn.Module, arguments: object, output: object) -> None:
             if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
                 found.append(name)
 
-        return model.get_submodule(name).register_forward_hook(after)
+        return module.register_forward_hook(after)
 
-    handles = [watch(name) for name, module in model.named_modules() if not list(module.children())]
-    model(images)
-    for handle in handles:
-        handle.remove()
-    return found[0] if found else "loss"
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    handles = [watch(name, module) for name, module in model.named_modules() if not list(module.children())]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_state)
+            model(images)
+    except NonFiniteError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return found[0] if found else None

@@ -1,4 +1,8 @@
-"""Pruning of one layer's neural gradients over a run: the threshold, when it is renewed, and what it achieved."""
+"""Pruning of one layer's neural gradients over a run: the threshold, when it is renewed, and what it achieved.
+
+The scale of dY changes from batch to batch, its shape slowly. So the empirical rule keeps, between renewals, the ratio
+of alpha to the S-quantile of |dY| (S the sparsity asked for), and alpha follows the quantile of each tensor's sample.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,7 @@ class LayerPruning:
 
     spec: Pruning
     alpha: float = 0.0
+    quantile_ratio: float = 0.0  # alpha over the S-quantile when alpha was renewed
     lognormal_alpha: float | None = None
     steps_left: int = 0  # until alpha is renewed
     epoch_is_new: bool = True
@@ -55,9 +60,21 @@ class LayerPruning:
     lognormal_rule: Tally = field(default_factory=Tally)
 
     @property
-    def wants_sample(self) -> bool:
+    def wants_renewal(self) -> bool:
         """Whether the threshold is to be renewed from the coming tensor."""
         return self.epoch_is_new or (self.spec.refresh_interval != "epoch" and self.steps_left == 0)
+
+    def threshold(self, sample: np.ndarray) -> float:
+        """alpha for a tensor, given a sample of it (finite): renewed when that is due."""
+        if self.wants_renewal:
+            self.renew(sample)
+        elif self.spec.threshold == "empirical":
+            self.alpha = self.quantile_ratio * self._quantile(sample)
+        return self.alpha
+
+    def _quantile(self, sample: np.ndarray) -> float:
+        rank = int(self.spec.sparsity * sample.size)
+        return float(np.partition(np.abs(sample), rank)[rank])
 
     def renew(self, sample: np.ndarray) -> None:
         """Renew the threshold from a sample of dY (finite)."""
@@ -67,6 +84,8 @@ class LayerPruning:
         assert self.lognormal_alpha is not None
         self.lognormal_rule.add(thresholds.expected_sparsity(sample, self.lognormal_alpha))
         self.alpha = RULES[self.spec.threshold](sample, sparsity)
+        quantile = self._quantile(sample)
+        self.quantile_ratio = self.alpha / quantile if quantile else 0.0
         self.epoch_is_new = False
         if self.spec.refresh_interval != "epoch":
             self.steps_left = self.spec.refresh_interval

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -27,25 +28,15 @@ def gradient_spec(**changes: Any) -> dict[str, Any]:
 
 
 def attached(gradients: dict[str, Any], seed: int = 0) -> tuple[Emulator, Drive]:
-    """An emulated layer "fc" of one input, 1 and one weight a column, 1: its dX is the sum of the rounded dY over
-    columns, so the rounded dY of one column is read off as dX. The function runs one step with a given dY."""
-    model = nn.ModuleDict({"fc": nn.Linear(1, 1, bias=False)})
-    torch.nn.init.ones_(model["fc"].weight)
-
-    class Only(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = model["fc"]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x)
-
-    whole = Only()
-    handle = emulate(whole, {"gradients": gradients}, seed=seed)
+    """An emulated layer "fc" of one input and one weight, 1, and a function that runs one step with a given dY and
+    returns what became of it: with this weight, dX is the rounded dY."""
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(1, 1, bias=False)))
+    nn.init.ones_(model.fc.weight)
+    handle = emulate(model, {"gradients": gradients}, seed=seed)
 
     def step(dy: Tensor) -> Tensor:
         x = torch.ones(dy.numel(), 1, requires_grad=True)
-        whole(x).backward(dy.reshape(-1, 1))
+        model(x).backward(dy.reshape(-1, 1))
         handle.step()
         assert x.grad is not None
         return x.grad.reshape(-1)
@@ -130,7 +121,6 @@ def renewals(pruning: dict[str, Any], steps: int, steps_per_epoch: int) -> list[
         step(dy * 2.0**number)
         if handle.pruning["fc"].alpha != before:
             before = handle.pruning["fc"].alpha
-            assert before == pytest.approx(2.0**number * handle.pruning["fc"].alpha / 2.0**number)
             changed.append(number)
     return changed
 

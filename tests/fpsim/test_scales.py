@@ -101,7 +101,7 @@ def test_lognormal_mean_centres_the_mean_exponent() -> None:
 
 
 def test_lognormal_mean_makes_room_for_the_largest() -> None:
-    """e4m3fn ends at 448: with the mean in the middle (1.40), 2^20 would not fit, so amax decides: 2^20 / 448 <= 2^12."""
+    """e4m3fn ends at 448: with the mean in the middle 2^20 would not fit, so amax decides: 2^20 / 448 < 2^12."""
     x = torch.full((1000,), 2.0**-10)
     x[3] = 2.0**20
     assert float(scale(x, "e4m3fn", "lognormal_mean")) == 2.0**12

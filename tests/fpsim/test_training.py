@@ -36,7 +36,9 @@ def test_cosine_without_warmup_is_the_closed_form_of_torch() -> None:
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, TOTAL, eta_min=0.1)
     for step in range(TOTAL):
         expected = optimizer.param_groups[0]["lr"]
-        assert learning_rate_factor(CosineSchedule(final_factor=0.1), step, PER_EPOCH, TOTAL) == pytest.approx(expected)
+        assert learning_rate_factor(
+            CosineSchedule(warmup_epochs=0.0, final_factor=0.1), step, PER_EPOCH, TOTAL
+        ) == pytest.approx(expected)
         optimizer.step()
         theirs.step()
 
@@ -52,7 +54,7 @@ def test_cosine_with_warmup() -> None:
 
 @pytest.mark.parametrize("warmup_epochs", [0.01, 0.15, 0.25, 3.99])
 def test_warmup_of_any_length_grows_to_one_and_never_beyond(warmup_epochs: float) -> None:
-    schedule = CosineSchedule(warmup_epochs=warmup_epochs)
+    schedule = CosineSchedule(warmup_epochs=warmup_epochs, final_factor=0.0)
     factors = [learning_rate_factor(schedule, step, PER_EPOCH, TOTAL) for step in range(TOTAL)]
     assert all(0 < factor <= 1 for factor in factors)
     last = math.ceil(warmup_epochs * PER_EPOCH) - 1
@@ -128,8 +130,17 @@ def test_data_order_leaves_the_global_generator_alone() -> None:
 
 
 def test_generators_of_different_purposes_differ() -> None:
-    purposes = [(0, "order", 1), (0, "augment", 1), (0, "order", 11), (1, "order", 1), (0, "order", 1, 1)]
-    draws = {tuple(torch.randint(2**62, (2,), generator=generator(*purpose)).tolist()) for purpose in purposes}
+    purposes: list[tuple[int, *tuple[object, ...]]] = [
+        (0, "order", 1),
+        (0, "augment", 1),
+        (0, "order", 11),
+        (1, "order", 1),
+        (0, "order", 1, 1),
+    ]
+    draws = {
+        tuple(torch.randint(2**62, (2,), generator=generator(purpose[0], *purpose[1:])).tolist())
+        for purpose in purposes
+    }
     assert len(draws) == len(purposes)
 
 

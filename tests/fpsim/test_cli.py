@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+import accel
+from fpsim import cli
+from fpsim.config import Config, load_config, presets
+from fpsim.report import load_results
+
+pytestmark = pytest.mark.usefixtures("restored_threads")
+
+VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats"]
+CONFIG = """\
+name: tiny
+threads: 1
+data:
+  name: synthetic
+  train_samples: 24
+  test_samples: 8
+  image_size: 4
+model:
+  name: mlp
+  hidden: [8]
+training:
+  epochs: 2
+  batch_size: 8
+  optimizer:
+    name: sgd
+    learning_rate: 0.1
+emulation:
+  weights:
+    format: e4m3fn
+  gradients:
+    format: e5m2
+    pruning:
+      sparsity: 0.8
+    codec: alpha
+"""
+
+
+class Answer(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Fpsim = Callable[..., Answer]
+
+
+@pytest.fixture
+def fpsim(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Fpsim:
+    """The command line in this process, in an empty directory with `tiny.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+
+    def call(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["fpsim", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        assert code is None or isinstance(code, int)
+        return Answer(code or 0, *capsys.readouterr())
+
+    return call
+
+
+# --- the user's mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "message"),
+    [
+        ("  hidden: [8]", "  hiden: [8]", "10:3", "model.hiden: unknown key; did you mean 'hidden'?"),
+        ("epochs: 2", "epochs: two", "12:11", "training.epochs: must be an integer (got 'two')"),
+        ("epochs: 2", "epochs: on", "12:11", "training.epochs: must be an integer (got 'on')"),
+        ("sparsity: 0.8", "sparsity: 1.0", "23:17", "emulation.gradients.pruning.sparsity: must be < 1 (got 1.0)"),
+        ("sparsity: 0.8", "sparsity: -0.1", "23:17", "emulation.gradients.pruning.sparsity: must be >= 0 (got -0.1)"),
+        ("format: e4m3fn", "format: e4m3fm", "19:13", "did you mean 'e4m3fn'"),
+        ("name: mlp", "name: mpl", "9:9", "did you mean 'mlp'?"),
+        ("name: synthetic", "name: sinthetic", "4:9", "did you mean 'synthetic'?"),
+        ("codec: alpha", "codec: alfa", "24:12", "did you mean 'alpha'?"),
+        ("name: tiny", "version: 2", "1:10", "config of a newer version (got 2); this fpsim reads version 1"),
+        ("name: tiny", "name: tiny\nname: tiny", "2:1", "duplicate key"),
+        ("emulation:", "emulation:\n  exclude: [fc9]", "18:13", "pattern 'fc9' matches no matrix layer"),
+        ("batch_size: 8", "batch_size: 80", "13:15", "larger than the training set of 24 (got 80)"),
+        ("name: mlp\n  hidden: [8]", "name: lenet", "9:3", "lenet needs images of at least 12x12 pixels"),
+    ],
+)
+def test_a_mistake_in_the_file(fpsim: Fpsim, tmp_path: Path, old: str, new: str, place: str, message: str) -> None:
+    assert old in CONFIG
+    text = CONFIG.replace(old, new)
+    (tmp_path / "bad.yaml").write_text(text)
+    code, out, err = fpsim("run", "bad.yaml", "--run-dir", "run")
+    assert (code, out) == (2, "")
+    first, source, caret = err.splitlines()
+    assert first.startswith(f"bad.yaml:{place}: ")
+    assert message in first
+    line, column = map(int, place.split(":"))
+    assert source == "    " + text.splitlines()[line - 1]
+    assert caret == "    " + " " * (column - 1) + "^"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "tiny.yam"], "no such file, nor one of the experiments .* \\(got 'tiny.yam'\\)"),
+        (["run", "quickstar"], "did you mean 'quickstart'?"),
+        (["run", "tiny.yaml", "training.epoch=3"], "<overrides>: training.epoch: unknown key; did you mean 'epochs'?"),
+        (["run", "tiny.yaml", "seed"], "an override must be key=value"),
+        (["run", "tiny.yaml", "data={name: mnist, root: nowhere}"], "<overrides>: data.root: .*nowhere.*: not found"),
+        (["run", "tiny.yaml", "--run-dir", "."], "run directory exists already"),
+        (["run", "tiny.yaml", "--run-dir", "tiny.yaml"], "run directory exists already"),
+        (["run", "tiny.yaml", "output=tiny.yaml"], "tiny.yaml"),
+        (["validate", "tiny.yaml", "emulation.gradients.codec=alfa"], "did you mean 'alpha'?"),
+        (["resume", "nowhere"], "nowhere: .*run directory"),
+        (["resume", "."], "holds neither a run nor runs"),
+        (["report", "nowhere"], "nowhere: no such run directory"),
+        (["formats", "e4m3fm"], "unknown format 'e4m3fm'.*did you mean 'e4m3fn'?"),
+        (["formats", "e9m3"], "e9m3"),
+        (["presets", "quickstar"], "did you mean 'quickstart'?"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(fpsim: Fpsim, arguments: list[str], message: str) -> None:
+    code, out, err = fpsim(*arguments)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["run"], ["resume"], ["report"], ["run", "tiny.yaml", "--wrong"]]
+)
+def test_wrong_usage(fpsim: Fpsim, arguments: list[str]) -> None:
+    code, out, err = fpsim(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage:" in err
+
+
+# --- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite(fpsim: Fpsim, tmp_path: Path) -> None:
+    code, out, err = fpsim(
+        "run", "tiny.yaml", "emulation=null", "training.optimizer.learning_rate=1e30", "--run-dir", "run", "-q"
+    )
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("fpsim: output of layer '")
+    assert "is not finite at step 1; " in line
+    assert (tmp_path / "run" / "failed" / "step-1" / "state.json").is_file()
+    assert not (tmp_path / "run" / "results.json").exists()
+    code, _, err = fpsim("report", "run")
+    assert code == 2
+    assert "fpsim resume" in err
+
+
+def test_a_damaged_checkpoint(fpsim: Fpsim, tmp_path: Path) -> None:
+    assert fpsim("run", "tiny.yaml", "--run-dir", "run", "-q").code == 0
+    (tmp_path / "run" / "checkpoints" / "step-6" / "model.safetensors").write_bytes(b"")
+    code, out, err = fpsim("resume", "run", "-q")
+    assert (code, out) == (1, "")
+    (line,) = err.splitlines()
+    assert line.startswith("fpsim: run/checkpoints/step-6/model.safetensors: ")
+
+
+def test_a_run_of_a_newer_version_is_not_resumed(fpsim: Fpsim, tmp_path: Path) -> None:
+    assert fpsim("run", "tiny.yaml", "--run-dir", "run", "-q").code == 0
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("version: 1", "version: 2"))
+    code, out, err = fpsim("resume", "run")
+    assert (code, out) == (2, "")
+    assert err.startswith("run/config.yaml:1:10: version: config of a newer version (got 2)")
+
+
+# --- verbs ----------------------------------------------------------------------------------------------------------
+
+
+def test_run_then_resume_then_report(fpsim: Fpsim, tmp_path: Path) -> None:
+    code, out, err = fpsim("run", "tiny.yaml", "seed=5", "--run-dir", "a")
+    assert code == 0
+    results = load_results(tmp_path / "a")
+    assert out == (f"a: test accuracy {results['test_accuracy_percent']:.2f} % (seed 5)\nreport: fpsim report a\n")
+    lines = err.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["tiny: epoch 1", "tiny: epoch 2"]
+    assert lines[0].startswith("a: synthetic")
+    assert "\x1b" not in err
+    assert "\r" not in err
+
+    assert fpsim("resume", "a", "--quiet") == Answer(0, out, "")
+    assert fpsim("run", "tiny.yaml", "emulation=null", "--run-dir", "b", "-q").code == 0
+
+    code, out, err = fpsim("report", "b", "a")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "a/report.html"
+    assert "<svg" in (tmp_path / "a" / "report.html").read_text()
+    code, out, err = fpsim("report", "b", "a", "--output", "page")
+    assert (tmp_path / "page" / "report.html").is_file()
+    code, out, err = fpsim("report", "b", "a", "--json")
+    assert (code, err) == (0, "")
+    assert [run["name"] for run in json.loads(out)["runs"]] == ["tiny", "tiny"]
+
+
+def test_an_option_is_never_ignored(fpsim: Fpsim, tmp_path: Path) -> None:
+    """--output with --json: either the page is written, or the pair is refused."""
+    assert fpsim("run", "tiny.yaml", "--run-dir", "a", "-q").code == 0
+    code = fpsim("report", "a", "--json", "--output", "page").code
+    assert code == 2 or (tmp_path / "page" / "report.html").is_file()
+
+
+def test_run_as_json_and_quiet(fpsim: Fpsim, tmp_path: Path) -> None:
+    code, out, err = fpsim("run", "tiny.yaml", "--run-dir", "a", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer.pop("run_dir") == "a"
+    assert answer == load_results(tmp_path / "a")
+    code, out, err = fpsim("resume", "a", "--json", "-q")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["history"] == answer["history"]
+
+
+def test_report_takes_the_newest_run_of_a_folder(fpsim: Fpsim, tmp_path: Path) -> None:
+    for seed, name in enumerate(("20260102T000000Z-a", "20260101T000000Z-b")):
+        assert fpsim("run", "tiny.yaml", f"seed={seed}", "--run-dir", f"runs/{name}", "-q").code == 0
+    code, out, _ = fpsim("report", "runs", "--json")
+    assert code == 0
+    assert [run["seed"] for run in json.loads(out)["runs"]] == [0]
+
+
+def test_validate_prints_the_resolved_configuration(fpsim: Fpsim, tmp_path: Path) -> None:
+    code, out, err = fpsim("validate", "tiny.yaml", "seed=5", "training.optimizer={name: adam, learning_rate: 1e-3}")
+    assert (code, err) == (0, "")
+    (tmp_path / "resolved.yaml").write_text(out)
+    resolved = load_config(tmp_path / "resolved.yaml")
+    assert resolved == load_config("tiny.yaml", ["seed=5", "training.optimizer={name: adam, learning_rate: 1e-3}"])
+    assert resolved.training.optimizer.name == "adam"
+    assert yaml.safe_load(out)["training"]["checkpoint"] == {"every_steps": 100, "keep": 2}
+
+
+def test_schema(fpsim: Fpsim) -> None:
+    code, out, err = fpsim("schema")
+    assert (code, err) == (0, "")
+    assert set(Config.model_fields) < set(json.loads(out)["properties"])
+
+
+def test_presets(fpsim: Fpsim) -> None:
+    code, out, err = fpsim("presets")
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()]
+    for preset in presets():
+        assert any(row[:2] == [preset.kind, preset.name] for row in rows)
+    assert fpsim("presets", "quickstart").out == next(p for p in presets() if p.name == "quickstart").path.read_text()
+
+
+def test_formats_as_json(fpsim: Fpsim) -> None:
+    code, out, err = fpsim("formats", "--json")
+    assert (code, err) == (0, "")
+    assert {row["name"]: row["max"] for row in json.loads(out)} == {fmt.name: fmt.max for fmt in accel.formats()}
+    (row,) = json.loads(fpsim("formats", "e3m2", "--json").out)
+    assert (row["bits"], row["exponent_bits"], row["mantissa_bits"], row["max"]) == (6, 3, 2, 28.0)
+
+
+def test_formats_shows_every_number_whole(fpsim: Fpsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the terminal is narrow, and where there is none."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = fpsim("formats")
+    assert (code, err) == (0, "")
+    assert "…" not in out
+    for fmt in accel.formats():
+        assert any(row.split()[:2] == [fmt.name, str(fmt.bits)] for row in out.splitlines())
+
+
+def test_one_format_with_its_codes(fpsim: Fpsim) -> None:
+    code, out, err = fpsim("formats", "e2m1")
+    assert (code, err) == (0, "")
+    cells = [row.split() for row in out.splitlines()]
+    for value, (positive, negative) in enumerate(zip(range(8), range(8, 16), strict=True)):
+        magnitude = [0, 0.5, 1, 1.5, 2, 3, 4, 6][value]
+        assert [f"0x{positive:02x}", f"{magnitude:g}", f"0x{negative:02x}", f"-{magnitude:g}"] in cells
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(fpsim: Fpsim, verb: str) -> None:
+    code, out, err = fpsim(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"fpsim {verb} " in out
+    assert verb in fpsim("--help").out
+
+
+def test_light_verbs_import_nothing_heavy() -> None:
+    """Help, the schema and the presets answer at once."""
+    script = """
+import sys
+from fpsim import cli
+for arguments in (["--help"], ["run", "--help"], ["schema"], ["presets"], ["run", "nothing-of-the-kind"]):
+    sys.argv = ["fpsim", *arguments]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+    heavy = {"torch", "numba", "numpy", "scipy", "matplotlib", "accel", "models"} & set(sys.modules)
+    print("HEAVY", arguments, sorted(heavy))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
+    assert len(found) == 5
+    assert [line for line in found if not line.endswith(" []")] == []
