@@ -120,9 +120,8 @@ def formats(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    _print_table(
-        list(rows[0]), [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    )
+    cells = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    _print_table(list(rows[0]), cells)
     if name is not None and chosen[0].bits <= 8:
         values = chosen[0].codes().tolist()
         half = len(values) // 2
@@ -168,9 +167,7 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
         table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, console.measure(table).maximum)
-    console.print(table, soft_wrap=True)
+    Console(width=max(Console().width, Console(width=1 << 12).measure(table).maximum)).print(table)
 
 
 def _format_row(fmt: Any) -> dict[str, object]:
