@@ -59,22 +59,32 @@ class Stored:
 
 
 def stored_encoded(
-    counts: BlockCounts, codec: str, fmt: Format, shape: tuple[int, ...], histogram: tuple[int, ...] | None = None
+    counts: BlockCounts,
+    codec: str,
+    fmt: Format,
+    shape: tuple[int, ...],
+    *,
+    histogram: tuple[int, ...] | None = None,
+    scales: int = 1,
 ) -> Stored:
     """A tensor of these counts in `fmt` under `codec`: the length of its real stream, and that of every other codec.
 
-    histogram: how often each distinct code occurs, for the order-0 entropy.
+    histogram: how often each distinct code occurs, for the order-0 entropy. scales: how many scales the tensor has;
+    the header holds one, each further one adds 32 bits to it.
     """
     total = counts.total
-    chosen = footprint_of_blocks(counts, codec, fmt, shape)
-    others = {name: footprint_of_blocks(counts, name, fmt, shape).nbits for name in CODECS if name != codec}
+    footprints = {name: footprint_of_blocks(counts, name, fmt, shape) for name in CODECS}
+    further_scales = 32 * (scales - 1)
+    bits = dict(footprints[codec].bits_by_part)
+    bits["header"] += further_scales
+    others = {name: other.nbits + further_scales for name, other in footprints.items() if name != codec}
     order0 = None
     if histogram is not None:
         with_codes = Counts(total.numel, total.nonzeros, total.alphas, code_histogram=histogram)
         order0 = footprint(with_codes, codec=codec, fmt=fmt).order0_entropy_bits
     return Stored(
-        fmt.name, codec, fmt.bits, total.numel, total.nonzeros, total.alphas, dict(chosen.bits_by_part),
-        chosen.tag_entropy_bits, order0, others,
+        fmt.name, codec, fmt.bits, total.numel, total.nonzeros, total.alphas, bits,
+        footprints[codec].tag_entropy_bits, order0, others,
     )  # fmt: skip
 
 
@@ -88,11 +98,13 @@ def stored_plain(numel: int, nonzeros: int | None = None) -> Stored:
 class Record:
     """One tensor of one layer in one pass of one step: how often it is read and written as a whole.
 
+    micro_batch: number of the forward pass within the step.
     resident: it takes memory of its own between passes. second_name_in: the schemes in which another record's tensor
     serves (the weights of a float32 run are the optimizer's master copy): there it costs no write and no memory.
     """
 
     step: int
+    micro_batch: int
     layer: str
     role: str
     pass_name: str
@@ -131,6 +143,7 @@ class Ledger:
         pass_name: str,
         stored: Stored,
         *,
+        micro_batch: int = 0,
         reads: int = 0,
         writes: int = 0,
         resident: bool = False,
@@ -139,8 +152,9 @@ class Ledger:
         """Enter one record. Raises ValueError for an unknown role or pass."""
         if role not in ROLES or pass_name not in PASSES:
             raise ValueError(f"role must be one of {ROLES} and pass one of {PASSES} (got {role!r}, {pass_name!r})")
-        names = tuple(second_name_in)
-        self.records.append(Record(step, layer, role, pass_name, reads, writes, resident, names, stored))
+        self.records.append(
+            Record(step, micro_batch, layer, role, pass_name, reads, writes, resident, tuple(second_name_in), stored)
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -166,7 +180,8 @@ class Ledger:
         """Bits alive at once, at the peak of a step, mean over the sampled steps: {total, by_role}.
 
         Alive all the time: weights, master copies, optimizer state. Backward frees each layer's saved activations and
-        normalisation inputs behind it and leaves its weight gradients, with one layer's dY in flight.
+        normalisation inputs behind it and leaves its weight gradients, with one layer's dY in flight; micro-batches
+        follow one another.
         """
         by_role: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(SCHEMES, 0.0))
         by_step: dict[int, list[Record]] = defaultdict(list)
@@ -181,11 +196,10 @@ class Ledger:
 
     def tensors(self) -> list[dict[str, Any]]:
         """One row a layer and role, means over the sampled steps: counts, bits by part, bits per element, entropies."""
-        groups: dict[tuple[str, str, str, str], dict[int, Stored]] = defaultdict(dict)
+        groups: dict[tuple[str, str, str, str], list[Stored]] = defaultdict(list)
         for record in self.records:
-            stored = record.stored
-            groups[record.layer, record.role, stored.format, stored.codec].setdefault(record.step, stored)
-        return [_tensor_row(*key, list(by_step.values())) for key, by_step in groups.items()]
+            groups[record.layer, record.role, record.stored.format, record.stored.codec].append(record.stored)
+        return [_tensor_row(*key, stored) for key, stored in groups.items()]
 
     def summary(self) -> dict[str, Any]:
         """Everything above, as plain data for reports."""
@@ -210,35 +224,32 @@ class Ledger:
 def peak(records: Iterable[Record], scheme: str) -> dict[str, float]:
     """The largest set of tensors alive at once in one step, as bits by role (see `Ledger.footprint_bits`)."""
     alive: dict[str, float] = defaultdict(float)
-    saved: list[tuple[str, str, float]] = []  # forward order: layer, role, bits
-    left: dict[str, float] = defaultdict(float)  # weight gradients by layer
-    flight: dict[str, float] = defaultdict(float)  # dY by layer
+    saved: dict[int, list[tuple[str, str, float]]] = defaultdict(list)  # of a micro-batch, in forward order
+    in_flight: dict[tuple[int, str], float] = defaultdict(float)  # dY of a micro-batch and layer
+    left: dict[str, float] = defaultdict(float)  # weight gradient of a layer
     for record in records:
         bits = record.resident_bits(scheme)
         if record.role in ("activation", "norm_input"):
-            if bits:
-                saved.append((record.layer, record.role, bits))
-                alive[record.role] += bits
+            if record.pass_name == "forward":
+                saved[record.micro_batch].append((record.layer, record.role, bits))
         elif record.role == "weight_gradient":
             left[record.layer] += bits
         elif record.role == "gradient":
-            flight[record.layer] = max(flight[record.layer], bits)
+            key = record.micro_batch, record.layer
+            in_flight[key] = max(in_flight[key], bits)
         else:
             alive[record.role] += bits
-    best: dict[str, float] = dict(alive)
-    remaining = dict.fromkeys((layer for layer, _, _ in saved), 0)
-    for layer, _, _ in saved:
-        remaining[layer] += 1
-    for layer, role, bits in reversed(saved):
-        now = {**alive, "gradient": flight[layer]}
-        if sum(now.values()) > sum(best.values()):
-            best = now
-        alive[role] -= bits
-        remaining[layer] -= 1
-        if remaining[layer] == 0:
+    moments = [dict(alive)]
+    for micro_batch, tensors in saved.items():
+        for _, role, bits in tensors:
+            alive[role] += bits
+        for layer, role, bits in reversed(tensors):
             alive["weight_gradient"] += left.pop(layer, 0.0)
+            moments.append({**alive, "gradient": in_flight[micro_batch, layer]})
+            alive[role] -= bits
     alive["weight_gradient"] += sum(left.values())
-    return best if sum(best.values()) >= sum(alive.values()) else dict(alive)
+    moments.append(dict(alive))
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _tensor_row(layer: str, role: str, fmt: str, codec: str, stored: list[Stored]) -> dict[str, Any]:

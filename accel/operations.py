@@ -149,7 +149,7 @@ def prune(
     """Stochastic pruning, the operator T of Chmiel et al. (ICLR 2021): unbiased, E[T(x)] = x.
 
     T(x) = x where |x| >= alpha; sign(x) alpha where alpha eps <= |x| < alpha; else +0, with eps = (word >> 8) 2^-24
-    from the word of (seed, stream, step, offset + index). Zeros stay zero, NaN stays NaN; alpha = 0 changes nothing.
+    from the word of (seed, stream, step, offset + index). Zeros become +0, NaN stays NaN; alpha = 0 prunes nothing.
     x: float32, float16 or bfloat16; a 16-bit x must represent alpha exactly unless `out` is float32. Raises ValueError
     for a negative or non-finite alpha.
     """

@@ -214,12 +214,12 @@ def value_of(code, p):  # type: ignore[no-untyped-def]
 def prune_stochastic(x, word, alpha):  # type: ignore[no-untyped-def]
     """The operator T: x where |x| >= alpha, else sign(x) alpha with probability |x| / alpha, else 0.
 
-    eps = (word >> 8) 2^-24 in [0, 1); alpha eps is one float32 product. Zeros stay zero, NaN stays NaN.
+    eps = (word >> 8) 2^-24 in [0, 1); alpha eps is one float32 product. Zeros become +0, NaN stays NaN.
     """
     bits = bits_of(x)
     magnitude = float_of(bits & MAGNITUDE)
     eps = np.float32(np.float32(right(word, EPS_SHIFT)) * EPS_UNIT)
     lifted = float_of(np.uint32(bits & SIGN) | bits_of(alpha))
-    survives = magnitude >= np.float32(alpha * eps) and magnitude > FLOAT_ZERO
-    small = lifted if survives else FLOAT_ZERO
-    return np.float32(small if magnitude < alpha else x)
+    small = lifted if magnitude >= np.float32(alpha * eps) else FLOAT_ZERO
+    pruned = small if magnitude < alpha else x
+    return np.float32(FLOAT_ZERO if magnitude == FLOAT_ZERO else pruned)

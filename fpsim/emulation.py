@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
@@ -28,11 +31,13 @@ from fpsim.config import parse_emulation
 from fpsim.config.schema import Emulation, FormatSpec, GradientSpec, TensorSpec
 from fpsim.errors import RunError
 from fpsim.gradients.pruning import LayerPruning
-from fpsim.layers import NORMS, LayerSpec, layer_specs, matrix_layers
+from fpsim.layers import NORMS, LayerSpec, layer_specs, matrix_layers, unsupported_layers
 from fpsim.scales import largest_magnitude, sample, scale_of
 
 Scale = float | Tensor | None
 
+FLOAT32 = LayerSpec(None, None, None)
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
 
@@ -42,6 +47,17 @@ class Words(TypedDict):
     seed: int
     stream: int
     step: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the hook on a layer's output must know of the forward pass. micro_batch: None where nothing is recorded."""
+
+    stream: str
+    channel_dim: int
+    has_dgrad: bool
+    has_wgrad: bool
+    micro_batch: int | None
 
 
 class NonFiniteError(RunError):
@@ -94,7 +110,11 @@ class Emulator:
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)
         self._sampled = False
+        self._micro_batch = -1
         self._inputs: dict[tuple[int, torch.Size], tuple[Tensor, Stored]] = {}
+        self._rounded_inputs: dict[tuple[int, str], tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
+        self._stored_weights: set[int] = set()
         self._last_layer = ""
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
@@ -108,7 +128,9 @@ class Emulator:
             if name in self.layers:
                 self._attach(name, module)
             elif isinstance(module, NORMS):
-                self._handles.append(module.register_forward_pre_hook(self._norm_hook(name)))
+                self._handles.append(module.register_forward_pre_hook(self._norm_hook(name), with_kwargs=True))
+        if any(layer != FLOAT32 for layer in self.specs.values()) and (others := unsupported_layers(model)):
+            warnings.warn(f"layers that cannot be emulated stay float32: {', '.join(others)}", stacklevel=3)
 
     # --- what the user calls --------------------------------------------------------------------------------------
 
@@ -136,10 +158,12 @@ class Emulator:
         self._sampled = False
         self._step_is_new = True
         self._occurrences.clear()
+        self._rounded_weights.clear()
 
     def restart_step(self) -> None:
         """Have the current step's forward pass draw the same random words again."""
         self._occurrences.clear()
+        self._rounded_inputs.clear()
 
     def next_epoch(self) -> None:
         """Begin a new epoch: thresholds that are renewed once an epoch are renewed at the next step."""
@@ -183,13 +207,12 @@ class Emulator:
         def before(
             module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            self._ran.add(name)
-            occurrence = self._next_occurrence(name)
-            weight = module._parameters["weight"]
+            weight, x = module._parameters["weight"], _input_of(arguments, named)
             assert isinstance(weight, nn.Parameter)
-            x = _input_of(arguments, named)
-            rounded_x = self._round(x, spec.activations, f"{name}/activation{occurrence}", _channel_dim(module, x))
-            rounded_weight = self._round(weight, spec.weights, f"{name}/weight{occurrence}", _output_dim(module))
+            self._check_call(name, spec, x)
+            self._ran.add(name)
+            rounded_x = self._rounded_input(name, spec, x, _channel_dim(module, x))
+            rounded_weight = self._rounded_weight(name, spec, weight, _output_dim(module))
             if self._recording:
                 self._record_forward(name, spec, x, rounded_x, rounded_weight)
             originals.append(weight)
@@ -201,48 +224,76 @@ class Emulator:
         def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             if originals:
                 module._parameters["weight"] = originals.pop()
-            if not isinstance(output, Tensor) or not output.requires_grad:
+            is_observed = self._trains and (spec.gradients is not None or self._recording)
+            if output is None or not is_observed:  # None: the layer raised
                 return
-            stream = f"{name}/gradient{self._occurrence_of(name)}"
-            has_dgrad, channel_dim = _input_of(arguments, named).requires_grad, _channel_dim(module, output)
-            recording = self._recording
-            if spec.gradients is not None or recording:
-                output.register_hook(
-                    lambda dy: self._gradient(name, spec, dy, stream, channel_dim, has_dgrad, recording)
+            if not isinstance(output, Tensor):
+                raise RunError(f"layer {name!r} returns a {type(output).__name__}: its gradient cannot be emulated")
+            if output.requires_grad:
+                weight, x = module._parameters["weight"], _input_of(arguments, named)
+                call = _Call(
+                    stream=f"{name}/gradient{self._occurrence_of(name)}",
+                    channel_dim=_channel_dim(module, output),
+                    has_dgrad=x.requires_grad,
+                    has_wgrad=weight is not None and weight.requires_grad,
+                    micro_batch=self._micro_batch if self._recording else None,
                 )
+                output.register_hook(lambda dy: self._gradient(name, spec.gradients, dy, call))
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
+    def _check_call(self, name: str, spec: LayerSpec, x: Any) -> None:
+        if spec == FLOAT32:
+            return
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
+            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise RunError(f"layer {name!r} gets {given}: emulation works on float32 tensors (turn autocast off)")
+        if torch._C._current_graph_task_id() != -1:
+            raise RunError(f"layer {name!r} is recomputed in backward: activation checkpointing cannot be emulated")
+
     def _check_all_ran(self) -> None:
-        emulated = {name for name, spec in self.specs.items() if spec != LayerSpec(None, None, None)}
+        emulated = {name for name, spec in self.specs.items() if spec != FLOAT32}
         if idle := sorted(emulated - self._ran):
             message = f"layers that are to be emulated did not run as modules, and stay float32: {', '.join(idle)}"
             warnings.warn(message, stacklevel=3)
 
     def _norm_hook(self, name: str) -> Any:
-        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if self._recording:
-                stored = stored_plain(arguments[0].numel())
-                self.ledger.add(self.step_number, name, "norm_input", "forward", stored, writes=1, resident=True)
-                self.ledger.add(self.step_number, name, "norm_input", "dgrad", stored, reads=1)
+                x = _input_of(arguments, named)
+                add = partial(self.ledger.add, self.step_number, name, "norm_input", micro_batch=self._micro_batch)
+                add("forward", stored_plain(x.numel()), writes=1, resident=True)
+                add("dgrad", stored_plain(x.numel()), reads=int(x.requires_grad))
 
         return before
 
     def _begin_forward(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if model.training and torch.is_grad_enabled() and self._step_is_new:
+        if self._trains and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
             self._step_is_new = False
+            self._micro_batch = -1
+            self._stored_weights.clear()
+        self._last_layer = "(input)"
         if self._recording:
+            self._micro_batch += 1
             self._watcher.__enter__()
 
     def _end_forward(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self._watcher.leave()
+        if self._recording and isinstance(output, Tensor):
+            logits = stored_plain(output.numel())
+            self.ledger.add(self.step_number, "(output)", "activation", "forward", logits, writes=1)
         self._inputs.clear()
+        self._rounded_inputs.clear()
+
+    @property
+    def _trains(self) -> bool:
+        return self.model.training and torch.is_grad_enabled()
 
     @property
     def _recording(self) -> bool:
-        return self.sampling and self.model.training and torch.is_grad_enabled()
+        return self.sampling and self._trains
 
     def _occurrence_of(self, name: str) -> str:
         count = self._occurrences[self._mode + name]
@@ -258,17 +309,39 @@ class Emulator:
 
     # --- rounding and pruning -------------------------------------------------------------------------------------
 
-    def _round(self, x: Tensor, spec: TensorSpec | None, stream: str, channel_dim: int) -> Tensor:
-        if spec is None:
+    def _rounded_input(self, name: str, spec: LayerSpec, x: Tensor, channel_dim: int) -> Tensor:
+        """X as the hardware holds it: one tensor, however many layers read it in the same format."""
+        stream = f"{name}/activation{self._next_occurrence(name)}"
+        if spec.activations is None:
             return x
+        key = id(x), spec.activations.model_dump_json()
+        known = self._rounded_inputs.get(key)
+        if known is not None and known[0]() is x and known[1] == x._version:
+            return known[2]
+        rounded = self._round(x, spec.activations, stream, channel_dim)
+        rounded = _StraightThrough.apply(x, rounded) if x.requires_grad else rounded
+        forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
+        self._rounded_inputs[key] = (forget, x._version, rounded)
+        return rounded
+
+    def _rounded_weight(self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int) -> Tensor:
+        """W as the hardware holds it: rounded once a step, however often the layer runs."""
+        if spec.weights is None:
+            return weight
+        known = self._rounded_weights.get(name)
+        if known is None or known[:2] != (weight.data_ptr(), weight._version):
+            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim)
+            known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, rounded)
+        return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2]
+
+    def _round(self, x: Tensor, spec: TensorSpec, stream: str, channel_dim: int) -> Tensor:
         fmt = self._format(spec)
         dim = channel_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
-            rounded = accel.quantize(
+            return accel.quantize(
                 x, fmt, rounding=spec.rounding, overflow=spec.overflow, scale=scale, **self._words(stream)
             )
-        return _StraightThrough.apply(x, rounded) if x.requires_grad else rounded
 
     def _scale(self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str) -> Scale:
         amax = largest_magnitude(x, dim)
@@ -277,41 +350,30 @@ class Emulator:
             raise NonFiniteError(role, layer, self.step_number)
         return scale_of(x, fmt, spec.scale, amax, dim)
 
-    def _gradient(
-        self, name: str, spec: LayerSpec, dy: Tensor, stream: str, channel_dim: int, has_dgrad: bool, recording: bool
-    ) -> Tensor:
-        role = spec.gradients
-        if role is None:
-            self._record_gradient(name, stored_plain(dy.numel()), has_dgrad)
+    def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
+        if role is None or dy.numel() == 0:
+            self._record_gradient(name, stored_plain(dy.numel()), call)
             return dy
         fmt = self._format(role)
-        dim = channel_dim if role.granularity == "channel" else None
+        dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
-            scale = self._scale(dy, role, fmt, dim, stream)
+            scale = self._scale(dy, role, fmt, dim, call.stream)
             if role.pruning is None:
                 rounded = accel.quantize(
-                    dy, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(stream)
+                    dy, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(call.stream)
                 )
-                alpha, counts = 0.0, accel.count_blocks(rounded) if recording else None
+                alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
             else:
-                rounded, alpha, counts = self._prune(self.pruning[name], role, fmt, dy, scale, stream)
-        if recording and counts is not None:
-            histogram = _code_histogram(rounded, fmt, scale, alpha)
-            self._record_gradient(name, stored_encoded(counts, role.codec, fmt, tuple(dy.shape), histogram), has_dgrad)
+                rounded, alpha, counts = self._prune(self.pruning[name], role, fmt, dy, scale, call.stream)
+        if call.micro_batch is not None and counts is not None:
+            self._record_gradient(name, _stored(rounded, counts, role, fmt, scale, alpha), call)
         return rounded
 
     def _prune(
-        self,
-        pruning: LayerPruning,
-        role: GradientSpec,
-        fmt: accel.Format,
-        dy: Tensor,
-        scale: Scale,
-        stream: str,
+        self, pruning: LayerPruning, role: GradientSpec, fmt: accel.Format, dy: Tensor, scale: Scale, stream: str
     ) -> tuple[Tensor, float, accel.BlockCounts]:
-        alpha = float(np.float32(pruning.threshold(sample(dy).numpy())))
-        if role.codec != "alpha":
-            alpha = _snap(alpha, fmt, scale)
+        alpha = min(pruning.threshold(sample(dy).numpy(), self.step_number), FLOAT32_MAX)
+        alpha = float(np.float32(alpha)) if role.codec == "alpha" else _snap(alpha, fmt, scale)
         rounded, counts = accel.prune_quantize(
             dy, alpha, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(stream)
         )
@@ -342,70 +404,72 @@ class Emulator:
         fmt, values = self._format(spec), rounded.detach()
         dim = channel_dim if spec.granularity == "channel" else None
         with torch.no_grad():
-            amax = largest_magnitude(x.detach(), dim)
-            histogram = _code_histogram(values, fmt, scale_of(x.detach(), fmt, spec.scale, amax, dim), 0.0)
-        return stored_encoded(accel.count_blocks(values), spec.codec, fmt, tuple(x.shape), histogram)
+            scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), dim), dim)
+        return _stored(values, accel.count_blocks(values), spec, fmt, scale, 0.0)
 
     def _record_forward(self, name: str, spec: LayerSpec, x: Tensor, rounded_x: Tensor, rounded_weight: Tensor) -> None:
-        module, add, step = self.layers[name], self.ledger.add, self.step_number
-        key = (x.data_ptr(), x.shape)
-        seen = self._inputs.get(key)
-        x_stored = self._store(x, rounded_x, spec.activations, _channel_dim(module, x))
-        is_new = seen is None or (seen[1].format, seen[1].codec) != (x_stored.format, x_stored.codec)
-        self._inputs[key] = (x, x_stored)  # holding x keeps its address from being used again
-        add(
-            step,
-            name,
-            "activation",
-            "forward",
-            x_stored,
-            reads=1,
-            writes=int(is_new and x.requires_grad),
-            resident=is_new,
-        )
-        add(step, name, "activation", "wgrad", x_stored, reads=1)
+        module, micro_batch = self.layers[name], self._micro_batch
         weight = module._parameters["weight"]
         assert isinstance(weight, nn.Parameter)
+        add = partial(self.ledger.add, self.step_number, name, micro_batch=micro_batch)
+        has_dgrad, has_wgrad = int(x.requires_grad), int(weight.requires_grad)
+        x_stored = self._store(x, rounded_x, spec.activations, _channel_dim(module, x))
+        key = (x.data_ptr(), x.shape)
+        seen = self._inputs.get(key)
+        is_new = seen is None or (seen[1].format, seen[1].codec) != (x_stored.format, x_stored.codec)
+        second_name_in = () if seen is None else ("fp32", "bf16")
+        self._inputs.setdefault(key, (x, x_stored))  # holding x keeps its address from being used again
+        add(
+            "activation", "forward", x_stored, reads=1, writes=int(is_new and x.requires_grad), resident=is_new,
+            second_name_in=second_name_in,
+        )  # fmt: skip
+        add("activation", "wgrad", x_stored, reads=has_wgrad)
+        if seen is not None and has_dgrad:  # the sum over the readers' dX
+            add("addend", "dgrad", stored_plain(x.numel()), reads=1, writes=1)
         w_stored = self._store(weight, rounded_weight, spec.weights, _output_dim(module))
-        master_in = ("fp32", "encoded") if w_stored.is_float32 else ("fp32",)
-        add(step, name, "weight", "forward", w_stored, reads=1, resident=True, second_name_in=master_in)
-        add(step, name, "weight", "dgrad", w_stored, reads=int(x.requires_grad))
-        add(step, name, "weight", "update", w_stored, writes=1, second_name_in=master_in)
+        master_in = ("fp32", *(["encoded"] if w_stored.is_float32 else [])) if has_wgrad else ()
+        first = id(weight) not in self._stored_weights
+        self._stored_weights.add(id(weight))
+        add("weight", "forward", w_stored, reads=1, resident=first, second_name_in=master_in)
+        add("weight", "dgrad", w_stored, reads=has_dgrad)
+        if first and has_wgrad:
+            add("weight", "update", w_stored, writes=1, second_name_in=master_in)
         self._last_layer = name
 
-    def _record_gradient(self, name: str, stored: Stored, has_dgrad: bool) -> None:
-        add, step = self.ledger.add, self.step_number
-        add(step, name, "gradient", "dgrad", stored, reads=int(has_dgrad), writes=1, resident=True)
-        add(step, name, "gradient", "wgrad", stored, reads=1)
+    def _record_gradient(self, name: str, stored: Stored, call: _Call) -> None:
+        if call.micro_batch is None:
+            return
+        add = partial(self.ledger.add, self.step_number, name, "gradient", micro_batch=call.micro_batch)
+        add("dgrad", stored, reads=int(call.has_dgrad), writes=1, resident=True)
+        add("wgrad", stored, reads=int(call.has_wgrad))
 
     def _record_addend(self, addends: list[Tensor]) -> None:
+        add = partial(self.ledger.add, self.step_number, self._last_layer, "addend", micro_batch=self._micro_batch)
         for addend in addends:
             seen = self._inputs.get((addend.data_ptr(), addend.shape))
-            stored, layer = stored_plain(addend.numel()), self._last_layer
             kept_as = () if seen is None else ("fp32", "bf16", *(["encoded"] if seen[1].is_float32 else []))
-            self.ledger.add(
-                self.step_number, layer, "addend", "forward", stored, reads=1, writes=1, second_name_in=kept_as
-            )
-            self.ledger.add(self.step_number, layer, "addend", "dgrad", stored, reads=1, writes=1)
+            stored = stored_plain(addend.numel())
+            add("forward", stored, reads=1, writes=1, second_name_in=kept_as)
+            if addend.requires_grad:
+                add("dgrad", stored, reads=1, writes=1)
 
     def _record_update(self) -> None:
-        add, step = self.ledger.add, self.step_number
-        owners = {name: module for name, module in self.model.named_modules() if module._parameters}
-        for name, module in owners.items():
-            trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            if not trained:
+        counted: set[int] = set()
+        for name, module in self.model.named_modules():
+            own = [p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in counted]
+            counted.update(id(p) for p in own)
+            if not own:
                 continue
-            numel = sum(p.numel() for p in trained)
-            stored = stored_plain(numel)
-            add(step, name, "weight_gradient", "wgrad", stored, writes=1, resident=True)
-            add(step, name, "weight_gradient", "update", stored, reads=1)
-            add(step, name, "master", "update", stored, reads=1, writes=1, resident=True)
-            outside = sum(p.numel() for p in trained if not (name in self.layers and p is module._parameters["weight"]))
+            add = partial(self.ledger.add, self.step_number, name)
+            stored = stored_plain(sum(p.numel() for p in own))
+            add("weight_gradient", "wgrad", stored, writes=1, resident=True)
+            add("weight_gradient", "update", stored, reads=1)
+            add("master", "update", stored, reads=1, writes=1, resident=True)
+            outside = sum(p.numel() for p in own if not (name in self.layers and p is module._parameters["weight"]))
             if outside:  # biases and normalisation parameters are read where they are used, as they are
-                add(step, name, "master", "forward", stored_plain(outside), reads=1)
-            state = self._optimizer_state(trained)
-            if state:
-                add(step, name, "optimizer_state", "update", stored_plain(state), reads=1, writes=1, resident=True)
+                add("master", "forward", stored_plain(outside), reads=1)
+            if state := self._optimizer_state(own):
+                add("optimizer_state", "update", stored_plain(state), reads=1, writes=1, resident=True)
 
     def _optimizer_state(self, parameters: list[nn.Parameter]) -> int:
         if self.optimizer is None:
@@ -462,8 +526,8 @@ def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 
 
 def _channel_dim(module: nn.Module, x: Tensor) -> int:
-    """The channel dimension of a layer's input or output: 1 for convolutions, the last for all others."""
-    return 1 if isinstance(module, nn.modules.conv._ConvNd) and x.ndim > 1 else x.ndim - 1
+    """The channel dimension of a layer's input or output: before the spatial ones of a convolution, else the last."""
+    return x.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
 
 
 def _output_dim(module: nn.Module) -> int:
@@ -478,6 +542,15 @@ def _snap(alpha: float, fmt: accel.Format, scale: Scale) -> float:
     unit = 1.0 if scale is None else float(scale)
     snapped = float(accel.quantize(torch.tensor(alpha), fmt, scale=unit))
     return snapped if snapped > 0 else float(torch.tensor(fmt.min_subnormal) * unit)
+
+
+def _stored(
+    x: Tensor, counts: accel.BlockCounts, spec: TensorSpec, fmt: accel.Format, scale: Scale, alpha: float
+) -> Stored:
+    """A rounded tensor in the ledger's terms."""
+    scales = scale.numel() if isinstance(scale, Tensor) else 1
+    histogram = _code_histogram(x, fmt, scale, alpha)
+    return stored_encoded(counts, spec.codec, fmt, tuple(x.shape), histogram=histogram, scales=scales)
 
 
 def _code_histogram(x: Tensor, fmt: accel.Format, scale: Scale, alpha: float) -> tuple[int, ...] | None:

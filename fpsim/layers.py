@@ -8,10 +8,11 @@ import re
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fpsim.config.schema import Emulation, GradientSpec, TensorSpec
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -35,16 +36,27 @@ class LayerSpec:
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that multiply by a weight matrix, by name, in module order.
 
-    A module counts when it owns a parameter `weight` of two or more dimensions and is neither an embedding nor a
-    normalisation: Linear, convolutions, and whatever else is built like them.
+    A module counts when it owns a parameter `weight` of two or more dimensions and is not an embedding, a bilinear layer
+    or a normalisation: Linear, convolutions, and whatever else is built like them.
     """
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
         and weight.ndim >= 2
-        and not isinstance(module, (*_EMBEDDINGS, *NORMS))
+        and not isinstance(module, (*OTHERS, *NORMS))
     }
+
+
+def unsupported_layers(model: nn.Module) -> list[str]:
+    """Layers that multiply by a weight matrix in a way that emulation does not see: they stay float32."""
+    opaque = (nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, opaque)
+        or (parametrize.is_parametrized(module, "weight") and not isinstance(module, NORMS))
+    ]
 
 
 def matching(pattern: str, layers: dict[str, nn.Module]) -> set[str]:

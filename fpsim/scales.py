@@ -1,7 +1,7 @@
 """What a tensor is divided by before it is rounded, so that it sits well in the format's range.
 
     none            1
-    amax            the largest magnitude over the format's largest number
+    amax            the largest magnitude over the format's largest number, rounded up where it would not fit otherwise
     power_of_two    that, rounded up to a power of two
     lognormal_mean  the power of two that puts the mean of log2|x| in the middle of the format's normal range, raised
                     where the largest magnitude would not fit (Chmiel et al., ICLR 2021, section 4)
@@ -42,30 +42,49 @@ def scale_of(
     """The scale of x for `fmt`, given its `largest_magnitude` over the same channels; None means 1."""
     if kind == "none":
         return None
-    ratio = amax / fmt.max if isinstance(amax, float) else amax.double() / fmt.max
-    centre = (math.log2(fmt.min_normal) + math.log2(fmt.max)) / 2
-    if isinstance(ratio, float):
-        if ratio == 0:
-            return 1.0
-        scale = float(np.float32(ratio)) if kind == "amax" else 2.0 ** _exponent_above(ratio)
-        if kind == "lognormal_mean":
-            scale = max(scale, 2.0 ** min(max(round(float(mean_log2(x)) - centre), -126), 127))
-        return max(scale, SMALLEST_SCALE)
-    scales = ratio if kind == "amax" else _powers_of_two_above(ratio)
+    if isinstance(amax, Tensor):
+        return _channel_scales(x, fmt, kind, amax, channel_dim)
+    if amax == 0:
+        return 1.0
+    if kind == "amax":
+        scale = np.float32(max(amax / fmt.max, SMALLEST_SCALE))
+        return float(np.nextafter(scale, np.float32(np.inf)) if amax / scale > fmt.max else scale)
+    exponent = _exponent_above(amax / fmt.max)
     if kind == "lognormal_mean":
-        scales = torch.maximum(scales, torch.exp2(torch.round(mean_log2(x, channel_dim) - centre).clamp(-126, 127)))
-    return torch.where(ratio > 0, scales.clamp(min=SMALLEST_SCALE), 1.0).float()
+        exponent = max(exponent, round(max(float(mean_log2(x)) - _centre(fmt), -126)))
+    return 2.0 ** min(max(exponent, -126), 127)
+
+
+def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim: int | None) -> Tensor:
+    ratio = amax.double() / fmt.max
+    if kind == "amax":
+        scales = ratio.clamp(min=SMALLEST_SCALE).float()
+        scales = torch.where(amax / scales > fmt.max, torch.nextafter(scales, torch.tensor(torch.inf)), scales)
+    else:
+        mantissa, exponents = torch.frexp(ratio)
+        exponents = torch.where(mantissa == 0.5, exponents - 1, exponents)
+        if kind == "lognormal_mean":
+            centred = torch.round(mean_log2(x, channel_dim) - _centre(fmt)).clamp(min=-126)
+            exponents = torch.maximum(exponents, centred.int())
+        scales = torch.ldexp(torch.ones_like(ratio), exponents.clamp(-126, 127)).float()
+    return torch.where(amax > 0, scales, 1.0)
+
+
+def _centre(fmt: Format) -> float:
+    return (math.log2(fmt.min_normal) + math.log2(fmt.max)) / 2
 
 
 def mean_log2(x: Tensor, channel_dim: int | None = None) -> Tensor:
-    """Mean of log2|x| over the nonzeros, float64: of a fixed sample of the tensor, or of every channel as a whole."""
+    """Mean of log2|x| over the nonzeros, float64: of a fixed sample of the tensor, or of every channel as a whole.
+
+    Minus infinity where there are none.
+    """
     values = (sample(x) if channel_dim is None else x).double().abs()
+    dims = list(range(values.ndim)) if channel_dim is None else [d for d in range(x.ndim) if d != channel_dim % x.ndim]
     nonzero = values > 0
-    logs = torch.where(nonzero, values, 1).log2()
-    if channel_dim is None:
-        return logs.sum() / nonzero.sum().clamp(min=1)
-    dims = [d for d in range(x.ndim) if d != channel_dim % x.ndim]
-    return logs.sum(dims, keepdim=True) / nonzero.sum(dims, keepdim=True).clamp(min=1)
+    count = nonzero.sum(dims, keepdim=channel_dim is not None)
+    total = torch.where(nonzero, values, 1).log2().sum(dims, keepdim=channel_dim is not None)
+    return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
 
 
 def sample(x: Tensor, count: int = SAMPLE) -> Tensor:
@@ -83,8 +102,3 @@ def _positions(size: int, count: int) -> Tensor:
 def _exponent_above(x: float) -> int:
     mantissa, exponent = math.frexp(x)
     return exponent - 1 if mantissa == 0.5 else exponent
-
-
-def _powers_of_two_above(x: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), torch.where(mantissa == 0.5, exponent - 1, exponent))

@@ -53,21 +53,17 @@ class LayerPruning:
     alpha: float = 0.0
     quantile_ratio: float = 0.0  # alpha over the S-quantile when alpha was renewed
     lognormal_alpha: float | None = None
-    steps_left: int = 0  # until alpha is renewed
+    next_renewal: int = 0  # the step at which alpha is renewed
     epoch_is_new: bool = True
     achieved: Tally = field(default_factory=Tally)
     alpha_share: Tally = field(default_factory=Tally)
     lognormal_rule: Tally = field(default_factory=Tally)
 
-    @property
-    def wants_renewal(self) -> bool:
-        """Whether the threshold is to be renewed from the coming tensor."""
-        return self.epoch_is_new or (self.spec.refresh_interval != "epoch" and self.steps_left == 0)
-
-    def threshold(self, sample: np.ndarray) -> float:
-        """alpha for a tensor, given a sample of it (finite): renewed when that is due."""
-        if self.wants_renewal:
-            self.renew(sample)
+    def threshold(self, sample: np.ndarray, step: int) -> float:
+        """alpha for a tensor of a step, given a sample of it (finite): renewed when that is due."""
+        is_due = self.spec.refresh_interval != "epoch" and step >= self.next_renewal
+        if self.epoch_is_new or is_due:
+            self._renew(sample, step)
         elif self.spec.threshold == "empirical":
             self.alpha = self.quantile_ratio * self._quantile(sample)
         return self.alpha
@@ -76,8 +72,7 @@ class LayerPruning:
         rank = int(self.spec.sparsity * sample.size)
         return float(np.partition(np.abs(sample), rank)[rank])
 
-    def renew(self, sample: np.ndarray) -> None:
-        """Renew the threshold from a sample of dY (finite)."""
+    def _renew(self, sample: np.ndarray, step: int) -> None:
         sparsity = self.spec.sparsity
         if self.epoch_is_new:
             self.lognormal_alpha = thresholds.lognormal(sample, sparsity)
@@ -88,11 +83,10 @@ class LayerPruning:
         self.quantile_ratio = self.alpha / quantile if quantile else 0.0
         self.epoch_is_new = False
         if self.spec.refresh_interval != "epoch":
-            self.steps_left = self.spec.refresh_interval
+            self.next_renewal = step + self.spec.refresh_interval
 
     def record(self, counts: Counts) -> None:
         """Enter what one step achieved."""
-        self.steps_left = max(self.steps_left - 1, 0)
         self.achieved.add(1 - counts.nonzeros / counts.numel)
         if counts.nonzeros:
             self.alpha_share.add(counts.alphas / counts.nonzeros)

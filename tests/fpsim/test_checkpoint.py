@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from fpsim import checkpoint
+from fpsim.checkpoint import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE
 from fpsim.errors import RunError
 
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -41,6 +43,16 @@ def saved(folder: Path, step: int = 3, **state: Any) -> Path:
     return checkpoint.save(folder, step, model, optimizer, state)
 
 
+def sums(path: Path) -> str:
+    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    return "".join(f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+
+
+def sign(path: Path) -> None:
+    """Let a checkpoint whose files were changed pass for an undamaged one."""
+    (path / SUMS_FILE).write_text(sums(path))
+
+
 def loaded(path: Path) -> dict[str, Any]:
     model = network()
     return checkpoint.load(path, model, OPTIMIZERS["adam"](model))
@@ -66,15 +78,15 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, name: str, steps_before: i
         assert torch.equal(other.state_dict()[key], value), key
 
 
-def test_a_checkpoint_is_three_files_with_digests(tmp_path: Path) -> None:
+def test_a_checkpoint_is_three_files_and_their_digests(tmp_path: Path) -> None:
     path = saved(tmp_path / "made" / "too", step=12)
     assert path == tmp_path / "made" / "too" / "step-12"
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    names = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(file.name for file in path.iterdir()) == names
     assert [file.name for file in path.parent.iterdir()] == ["step-12"]
     state = json.loads((path / "state.json").read_text())
     assert (state["version"], state["step"]) == (1, 12)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert state["sha256"][name] == hashlib.sha256((path / name).read_bytes()).hexdigest()
+    assert (path / "SHA256SUMS").read_text() == sums(path)
 
 
 def test_saving_again_replaces_and_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -110,13 +122,25 @@ def test_checkpoints_are_ordered_by_number_and_pruned(tmp_path: Path) -> None:
     assert (tmp_path / "other").is_dir()
 
 
-def test_a_failed_write_leaves_the_older_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_deletes_unfinished_checkpoints_alone(tmp_path: Path) -> None:
+    for name in ("step-9", ".step-10.17.tmp", ".step-11.1.tmp", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("")
+    checkpoint.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-9"]
+    checkpoint.clean(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("write", ["write_json", "write_text"])
+def test_a_failed_write_leaves_the_older_checkpoint_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
     path = saved(tmp_path, note="first")
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checkpoint, write, full)
     with pytest.raises(OSError, match="No space left"):
         saved(tmp_path, note="second")
     assert loaded(path)["note"] == "first"
@@ -125,20 +149,20 @@ def test_a_failed_write_leaves_the_older_checkpoint_whole(tmp_path: Path, monkey
 # --- damage ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", checkpoint.TENSOR_FILES)
+@pytest.mark.parametrize("name", [MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE])
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty", "missing"])
-def test_damaged_tensors_are_named(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = saved(tmp_path)
     file = path / name
     content = bytearray(file.read_bytes())
     if damage == "flipped bit":
-        content[-1] ^= 1
+        content[len(content) // 2] ^= 1
         file.write_bytes(content)
     elif damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(content[:100] if damage == "truncated" else b"")
-    with pytest.raises(RunError, match=name.replace(".", r"\.")):
+        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    with pytest.raises(RunError, match=f"{path.name}.*{re.escape(name)}"):
         loaded(path)
 
 
@@ -150,24 +174,28 @@ def test_damaged_tensors_are_named(tmp_path: Path, name: str, damage: str) -> No
         "[]",
         "null",
         "{}",
-        '{"version": 1}',
         '{"version": null}',
         '{"version": "1"}',
-        '{"version": 1, "step": 3, "sha256": null}',
         "\x00\x01",
     ],
 )
-def test_a_damaged_state_file_is_named(tmp_path: Path, text: str) -> None:
+def test_a_state_file_of_another_content(tmp_path: Path, text: str) -> None:
     path = saved(tmp_path)
-    (path / "state.json").write_text(text)
-    with pytest.raises(RunError, match="step-3"):
+    (path / STATE_FILE).write_text(text)
+    with pytest.raises(RunError, match=r"step-3/state\.json: damaged"):
+        loaded(path)
+    sign(path)
+    with pytest.raises(RunError, match="step-3: cannot be read as a checkpoint"):
         loaded(path)
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [STATE_FILE, SUMS_FILE])
+def test_bytes_that_are_no_text(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path)
-    (path / "state.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RunError, match="step-3"):
+    (path / name).write_bytes(b"\xff\xfe\x00")
+    if name == STATE_FILE:
+        sign(path)
+    with pytest.raises(RunError, match="step-3: cannot be read as a checkpoint"):
         loaded(path)
 
 
@@ -175,6 +203,7 @@ def test_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "version": 2}))
+    sign(path)
     with pytest.raises(RunError, match="checkpoint of version 2; this fpsim reads version 1"):
         loaded(path)
 
@@ -192,8 +221,6 @@ def test_tensors_without_random_state_are_refused(tmp_path: Path) -> None:
     tensors = checkpoint.load_file(file)
     del tensors["torch_random_state"]
     checkpoint.save_file(tensors, file)
-    state = json.loads((path / "state.json").read_text())
-    state["sha256"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(RunError, match="step-3"):
+    sign(path)
+    with pytest.raises(RunError, match=r"step-3: .*torch_random_state"):
         loaded(path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import yaml
 from torch import nn
 
-import fpsim
+import accel
 import models
 from fpsim import checkpoint, runner
 from fpsim.config import load_config, parse_config
@@ -33,11 +34,13 @@ FILES = [
     "config.yaml",
     "env.json",
     "epochs.csv",
+    "ledger.jsonl",
     "log.txt",
     "metrics.jsonl",
     "results.json",
     "steps.csv",
 ]
+VARYING = ("env.json", "log.txt", "results.json")  # times, and the machine
 STEPS, STEPS_PER_EPOCH = 10, 5
 DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
 SGD = {"name": "sgd", "learning_rate": 0.05}
@@ -89,8 +92,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "results": results,
         "state": state,
-        **{name: (newest / name).read_bytes() for name in checkpoint.TENSOR_FILES},
-        **{name: (folder / name).read_bytes() for name in ("metrics.jsonl", "steps.csv", "epochs.csv", "config.yaml")},
+        **{name: (newest / name).read_bytes() for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)},
+        **{name: (folder / name).read_bytes() for name in FILES if name not in ("checkpoints", *VARYING)},
         "files": sorted(path.name for path in folder.iterdir()),
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
     }
@@ -110,7 +113,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[None]:
     """The run dies at the beginning of the step that follows `steps` steps."""
     train_step, done = runner._train_step, 0
 
-    def step(session: Any) -> list[dict[str, Any]]:
+    def step(session: Any) -> dict[str, Any]:
         nonlocal done
         if done == steps:
             raise Killed
@@ -168,6 +171,9 @@ def test_a_run_leaves_the_documented_files(tmp_path: Path) -> None:
     assert (result.run_dir, result.results_path) == (folder, folder / "results.json")
     assert result.metrics_path == folder / "metrics.jsonl"
     assert json.loads((folder / "env.json").read_text())["threads"] == 1
+    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in records} == {0, 4, 8, 9}
+    assert accel.Ledger.from_data(records).records == result.ledger.records
 
 
 def test_metrics_and_tables_agree(tmp_path: Path) -> None:
@@ -200,10 +206,10 @@ def test_gradient_sparsity_of_a_step_is_that_step_alone(tmp_path: Path, monkeypa
     elements: list[int] = []
     train_step = runner._train_step
 
-    def step(session: Any) -> list[dict[str, Any]]:
-        rows = train_step(session)
+    def step(session: Any) -> dict[str, Any]:
+        row = train_step(session)
         elements.append(session.emulator._step_elements)
-        return rows
+        return row
 
     monkeypatch.setattr(runner, "_train_step", step)
     run(settings(), tmp_path / "run", quiet=True)
@@ -354,8 +360,9 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytest
         folder = tmp_path / f"killed-{steps}"
         with killed_after(monkeypatch, steps):
             run(CASES[case], folder, quiet=True)
-        with (folder / "metrics.jsonl").open("a") as metrics:
-            metrics.write('{"kind": "step", "step": 99}\n{"kind": "st')
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            with (folder / name).open("a") as lines:
+                lines.write('{"kind": "step", "step": 99}\n{"kind": "st')
         torch.rand(3)
         resume(folder, quiet=True)
         assert_same(folder, expected)
@@ -383,8 +390,8 @@ def test_stopped_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytes
 
     train_step = runner._train_step
 
-    def stopped_in(last: int) -> Callable[[Any], list[dict[str, Any]]]:
-        def step(session: Any) -> list[dict[str, Any]]:
+    def stopped_in(last: int) -> Callable[[Any], dict[str, Any]]:
+        def step(session: Any) -> dict[str, Any]:
             if session.step == last:
                 received.append("SIGTERM")
             return train_step(session)
@@ -413,8 +420,9 @@ def test_stopped_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytes
     assert run(settings(), tmp_path / "stopped-at-the-end", quiet=True).results["status"] == "completed"
 
 
-@pytest.mark.parametrize("last_call", ["_results", "_write_tables"])
-def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str) -> None:
+@pytest.mark.parametrize("last_call", ["_end_epoch", "_results", "_write_tables"])
+def test_killed_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str) -> None:
+    """In the first evaluation, where the step is in the metrics and the epoch is not, or after the last step."""
     expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
 
     def die(*arguments: object) -> None:
@@ -428,18 +436,34 @@ def test_killed_after_the_last_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_same(tmp_path / "run", expected)
 
 
-def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
-    folder = tmp_path / "run"
-    write_json = checkpoint.write_json
+def test_killed_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can be resumed has its environment: the configuration, which makes it a run, is written last."""
 
-    def die(path: Path, data: Any) -> None:
-        if data["step"] == 6:
-            raise Killed
-        write_json(path, data)
+    def die(config: Any) -> None:
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", die)
+        patch.setattr(runner, "config_to_yaml", die)
+        with pytest.raises(Killed):
+            run(settings(), tmp_path / "run", quiet=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["env.json", "ledger.jsonl", "metrics.jsonl"]
+    with pytest.raises(ConfigError, match="holds neither a run nor runs"):
+        resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("write", ["write_json", "write_text"])
+def test_killed_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+    folder = tmp_path / "run"
+    original = getattr(checkpoint, write)
+
+    def die(path: Path, content: Any) -> None:
+        if path.parent.name.startswith(".step-6."):
+            raise Killed
+        original(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, write, die)
         with pytest.raises(Killed):
             run(settings(), folder, quiet=True)
     (partial,) = (folder / "checkpoints").glob(".*")
@@ -456,10 +480,11 @@ def test_resume_of_a_completed_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_resume_takes_the_newest_run_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("20260101T000000Z-a", "20260102T000000Z-a"):
+    """The one that began last, whatever the names."""
+    for name in ("b", "c", "a"):
         with killed_after(monkeypatch, 4):
             run(settings(), tmp_path / name, quiet=True)
-    assert resume(tmp_path, quiet=True).run_dir == tmp_path / "20260102T000000Z-a"
+    assert resume(tmp_path, quiet=True).run_dir == tmp_path / "a"
 
 
 def test_resume_restores_the_thread_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,16 +515,38 @@ def test_resume_with_a_damaged_environment(
         resume(tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
-def test_resume_with_damaged_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_resume_with_damaged_metrics_or_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
     with killed_after(monkeypatch, 4):
         run(settings(), tmp_path / "run", quiet=True)
-    file = tmp_path / "run" / "metrics.jsonl"
+    file = tmp_path / "run" / name
     if damage == "missing":
         file.unlink()
     else:
         os.truncate(file, 100)
-    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+    with pytest.raises(RunError, match=re.escape(name)):
+        resume(tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("line", ["#", "{}", '{"stored": {}}', "[]", "1"])
+def test_resume_with_a_ledger_of_another_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    with killed_after(monkeypatch, 4):
+        run(settings(), tmp_path / "run", quiet=True)
+    file = tmp_path / "run" / "ledger.jsonl"
+    file.write_text((line + "\n") * file.stat().st_size)
+    with pytest.raises(RunError, match=str(tmp_path / "run")):
+        resume(tmp_path / "run", quiet=True)
+
+
+def test_resume_with_a_checkpoint_that_holds_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with killed_after(monkeypatch, 4):
+        run(settings(), tmp_path / "run", quiet=True)
+    session = runner._Session(parse_config(settings()), tmp_path / "unused", quiet=True)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 4, session.model, session.optimizer, {})
+    with pytest.raises(RunError, match="step-4: does not fit this run"):
         resume(tmp_path / "run", quiet=True)
 
 
@@ -564,7 +611,7 @@ def test_a_nan_is_blamed_on_the_layer_where_it_begins(
 ) -> None:
     train_step = runner._train_step
 
-    def step(session: Any) -> list[dict[str, Any]]:
+    def step(session: Any) -> dict[str, Any]:
         if session.step == 3:
             session.model.get_parameter(parameter).data[0] = float("nan")
         return train_step(session)
@@ -584,7 +631,7 @@ def test_a_neural_gradient_that_is_not_finite(
 ) -> None:
     train_step = runner._train_step
 
-    def step(session: Any) -> list[dict[str, Any]]:
+    def step(session: Any) -> dict[str, Any]:
         if session.step == 3:
             layer = session.model.get_submodule("4")  # the ReLU behind layer 3
             layer.register_forward_hook(lambda module, x, y: y.register_hook(lambda dy: dy.fill_(value)) and None)
@@ -604,14 +651,14 @@ def test_a_weight_gradient_that_is_not_finite_keeps_the_weights(
     train_step = runner._train_step
     weights: dict[str, torch.Tensor] = {}
 
-    def step(session: Any) -> list[dict[str, Any]]:
+    def step(session: Any) -> dict[str, Any]:
         if session.step == 3:
             session.model.get_parameter("3.weight").register_hook(lambda gradient: gradient * float("nan"))
             weights.update({name: value.clone() for name, value in session.model.state_dict().items()})
         return train_step(session)
 
     monkeypatch.setattr(runner, "_train_step", step)
-    with pytest.raises(RunError, match=r"weight gradient of layer '3(\.weight)?' is not finite at step 3"):
+    with pytest.raises(RunError, match="^gradient of weight of layer '3' is not finite at step 3; the state at that"):
         run(settings(emulation=None), tmp_path / "run", quiet=True)
     saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
@@ -622,10 +669,41 @@ def test_a_weight_gradient_that_is_not_finite_keeps_the_weights(
 def test_weights_that_overflow_in_the_last_step_are_no_result(tmp_path: Path, emulation: dict[str, Any] | None) -> None:
     """The evaluation meets the infinity first; the state that the message promises is the one that is saved."""
     training = {"epochs": 1, "batch_size": 43, "optimizer": {**SGD, "learning_rate": 1e30}}
-    with pytest.raises(RunError, match="not finite"):
+    failed = tmp_path / "run" / "failed" / "step-1"
+    with pytest.raises(RunError, match=f"not finite at step 1; the state at that moment is saved in {failed}$"):
         run(settings(training=training, emulation=emulation), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "results.json").exists()
-    assert (tmp_path / "run" / "failed").is_dir()
+    parsed = parse_config(settings(training=training, emulation=emulation))
+    session = runner._Session(parsed, tmp_path / "unused", quiet=True)
+    assert checkpoint.load(failed, session.model, session.optimizer)["step"] == 1
+    assert max(float(p.detach().abs().max()) for p in session.model.parameters()) > 1e20  # the update is in it
+
+
+def test_the_search_for_the_layer_repeats_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout and stochastic rounding draw the same again; the running statistics are those of one step."""
+    runs: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, arguments: Any, output: torch.Tensor) -> None:
+        runs.append(output.detach().clone())
+
+    def step(session: Any) -> dict[str, Any]:
+        if session.step == 3:
+            session.model.get_submodule("5").register_forward_hook(watch)
+            norm = session.model.get_submodule("2")
+            norm.register_forward_hook(lambda module, x, y: means.append(module.running_mean.clone()))
+            session.model.get_parameter("7.bias").data[0] = float("nan")
+        return train_step(session)
+
+    train_step = runner._train_step
+    monkeypatch.setattr(runner, "_train_step", step)
+    with pytest.raises(RunError, match="^output of layer '7' is not finite at step 3"):
+        run(settings(), tmp_path / "run", quiet=True)
+    first, second = runs
+    assert torch.equal(first, second)
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
+    assert torch.equal(saved["2.running_mean"], means[0])
+    assert int(saved["2.num_batches_tracked"]) == 4
 
 
 # --- real processes and signals -------------------------------------------------------------------------------------
@@ -636,53 +714,35 @@ LONG = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The file of a run long enough to be interrupted, and its outcome without interruption."""
-    folder = tmp_path_factory.mktemp("long")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(LONG))
-    threads = torch.get_num_threads()
-    whole = fpsim.run(config, folder / "whole", quiet=True)
-    torch.set_num_threads(threads)
-    return config, outcome(whole.run_dir)
-
-
-def interrupted(config: Path, folder: Path, number: int) -> subprocess.CompletedProcess[str]:
-    """Run until the first checkpoints are there, then send the signal."""
-    command = [sys.executable, "-m", "fpsim.cli", "run", str(config), "--run-dir", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def interrupted(arguments: list[str], folder: Path, steps: int, number: int) -> tuple[int, str]:
+    """Exit code and stderr of a process that gets the signal once its newest checkpoint is past `steps` steps."""
+    command = [sys.executable, "-m", "fpsim.cli", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
-        while not (folder / "checkpoints" / "step-14").exists():
+        while not any(int(path.name[5:]) > steps for path in checkpoint.checkpoints(folder / "checkpoints")):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.002)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert not (folder / "results.json").exists()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return process.returncode, err
 
 
 @pytest.mark.usefixtures("plain_network")
-def test_kill_and_resume(tmp_path: Path, long_run: tuple[Path, dict[str, Any]]) -> None:
-    config, expected = long_run
-    folder = tmp_path / "run"
-    assert interrupted(config, folder, signal.SIGKILL).returncode == -signal.SIGKILL
-    command = [sys.executable, "-m", "fpsim.cli", "resume", str(folder), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_same(folder, expected)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.usefixtures("plain_network")
-def test_stop_signals(tmp_path: Path, long_run: tuple[Path, dict[str, Any]], number: signal.Signals) -> None:
-    config, expected = long_run
-    folder = tmp_path / "run"
-    stopped = interrupted(config, folder, number)
-    assert stopped.returncode == 1
-    assert f"stopped by {number.name} at step" in stopped.stderr
-    assert f"fpsim resume {folder}" in stopped.stderr
-    assert "Traceback" not in stopped.stderr
+def test_signals_and_a_kill(tmp_path: Path) -> None:
+    """One run, stopped by SIGTERM, resumed, stopped by SIGINT, resumed, killed, and resumed to its end."""
+    config, folder = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(LONG))
+    begin, go_on = ["run", str(config), "--run-dir", str(folder), "-q"], ["resume", str(folder), "-q"]
+    for arguments, steps, number in ((begin, 10, signal.SIGTERM), (go_on, 100, signal.SIGINT)):
+        code, err = interrupted(arguments, folder, steps, number)
+        assert code == 1
+        warning, message = err.splitlines()
+        assert warning == f"fpsim: {number.name}: stopping after this step (once more to stop at once)"
+        stopped_at = int(checkpoint.checkpoints(folder / "checkpoints")[-1].name[5:])
+        assert message.startswith(f"fpsim: stopped by {number.name} at step {stopped_at} of 500; ")
+        assert message.endswith(f"fpsim resume {folder}")
+    assert interrupted(go_on, folder, 200, signal.SIGKILL) == (-signal.SIGKILL, "")
     resume(folder, quiet=True)
-    assert_same(folder, expected)
+    assert_same(folder, outcome(run(config, tmp_path / "whole", quiet=True).run_dir))
