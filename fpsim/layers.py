@@ -36,8 +36,8 @@ class LayerSpec:
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that multiply by a weight matrix, by name, in module order.
 
-    A module counts when it owns a parameter `weight` of two or more dimensions and is not an embedding, a bilinear layer
-    or a normalisation: Linear, convolutions, and whatever else is built like them.
+    A module counts when it owns a parameter `weight` of two or more dimensions and is not an embedding, a bilinear
+    layer or a normalisation: Linear, convolutions, and whatever else is built like them.
     """
     return {
         name: module
