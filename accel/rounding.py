@@ -11,6 +11,7 @@ Stochastic: |x| in units of the last kept bit, with 32 fraction bits, plus a ran
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,7 @@ class Parameters(NamedTuple):
     min_normal_code: np.uint32
 
 
+@cache
 def parameters(
     fmt: Format, overflow: str = "saturate", random_bits: int = 32, flush_subnormals: bool | str = False
 ) -> Parameters:

@@ -112,7 +112,7 @@ class Emulator:
         self._sampled = False
         self._micro_batch = -1
         self._inputs: dict[tuple[int, torch.Size], tuple[Tensor, Stored]] = {}
-        self._rounded_inputs: dict[tuple[int, str], tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._rounded_inputs: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
         self._stored_weights: set[int] = set()
         self._last_layer = ""
@@ -314,7 +314,7 @@ class Emulator:
         stream = f"{name}/activation{self._next_occurrence(name)}"
         if spec.activations is None:
             return x
-        key = id(x), spec.activations.model_dump_json()
+        key = id(x), id(spec.activations), channel_dim
         known = self._rounded_inputs.get(key)
         if known is not None and known[0]() is x and known[1] == x._version:
             return known[2]

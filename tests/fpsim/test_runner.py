@@ -658,7 +658,7 @@ def test_a_weight_gradient_that_is_not_finite_keeps_the_weights(
         return train_step(session)
 
     monkeypatch.setattr(runner, "_train_step", step)
-    with pytest.raises(RunError, match="^gradient of weight of layer '3' is not finite at step 3; the state at that"):
+    with pytest.raises(RunError, match=r"^gradient of weight of layer '3' is not finite at step 3; the state at that"):
         run(settings(emulation=None), tmp_path / "run", quiet=True)
     saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
@@ -697,7 +697,7 @@ def test_the_search_for_the_layer_repeats_the_step(tmp_path: Path, monkeypatch: 
 
     train_step = runner._train_step
     monkeypatch.setattr(runner, "_train_step", step)
-    with pytest.raises(RunError, match="^output of layer '7' is not finite at step 3"):
+    with pytest.raises(RunError, match=r"^output of layer '7' is not finite at step 3"):
         run(settings(), tmp_path / "run", quiet=True)
     first, second = runs
     assert torch.equal(first, second)

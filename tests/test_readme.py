@@ -1,0 +1,53 @@
+"""What the README shows works: its Python runs, its commands are accepted, its YAML is the experiment's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from fpsim.cli import app
+from fpsim.config import load_config, parse_config
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [content for tag, content in fenced if tag == language]
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_python_blocks_run(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(source, "README.md", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("fpsim ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def test_the_readme_has_commands_and_code() -> None:
+    assert len(commands()) >= 5
+    assert len(blocks("python")) == 2
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_are_accepted(command: list[str]) -> None:
+    verb, *arguments = command
+    if verb == "run":
+        assert load_config(arguments[0], arguments[1:]).training.epochs > 0
+    elif verb == "report":
+        assert all(name.startswith("runs/quickstart") for name in arguments)
+    else:
+        assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_the_yaml_is_the_quickstart() -> None:
+    (shown,) = blocks("yaml")
+    assert parse_config(yaml.safe_load(shown.replace("5e-4", "0.0005"))) == load_config("quickstart")
