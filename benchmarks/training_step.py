@@ -22,6 +22,7 @@ import fpsim.emulation
 import models
 from fpsim.emulation import Emulator, emulate
 from fpsim.gradients.pruning import LayerPruning
+from fpsim.recorder import Recorder
 
 # name: (image shape, width, batch size, target ratio of performance)
 CASES: dict[str, tuple[tuple[int, int, int], int, int, float | None]] = {
@@ -33,13 +34,13 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "quantize weights and activations": [(accel, "quantize")],
     "prune + quantize gradients": [(accel, "prune_quantize")],
     "scales": [(fpsim.emulation, "largest_magnitude"), (fpsim.emulation, "scale_of")],
-    "thresholds": [(LayerPruning, "renew")],
+    "thresholds": [(fpsim.emulation, "sample"), (LayerPruning, "threshold")],
     "ledger": [
-        (accel, "count_blocks"),
-        (Emulator, "_store"),
-        (Emulator, "_record_update"),
-        (fpsim.emulation, "stored_encoded"),
-        (fpsim.emulation, "_code_histogram"),
+        (Emulator, "_stored"),
+        (Recorder, "layer"),
+        (Recorder, "gradient"),
+        (Recorder, "update"),
+        (fpsim.emulation, "stored_tensor"),
     ],
 }
 

@@ -17,28 +17,33 @@ import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import accel
-from accel.ledger import Ledger, Stored, stored_encoded, stored_plain
+from accel.ledger import Ledger, Stored, stored_plain
 from fpsim.config import parse_emulation
-from fpsim.config.schema import Emulation, FormatSpec, GradientSpec, TensorSpec
-from fpsim.errors import RunError
+from fpsim.config.schema import Emulation, GradientSpec, TensorSpec
+from fpsim.errors import NonFiniteError, RunError
 from fpsim.gradients.pruning import LayerPruning
-from fpsim.layers import NORMS, LayerSpec, layer_specs, matrix_layers, unsupported_layers
+from fpsim.layers import (
+    FLOAT32,
+    NORMS,
+    LayerSpec,
+    channel_dim,
+    format_of,
+    layer_specs,
+    matrix_layers,
+    output_dim,
+    unsupported_layers,
+)
+from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.scales import largest_magnitude, sample, scale_of
 
-Scale = float | Tensor | None
-
-FLOAT32 = LayerSpec(None, None, None)
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
 
 class Words(TypedDict):
@@ -58,14 +63,6 @@ class _Call:
     has_dgrad: bool
     has_wgrad: bool
     micro_batch: int | None
-
-
-class NonFiniteError(RunError):
-    """A NaN or an infinity where training cannot go on. `layer` is where it was seen first."""
-
-    def __init__(self, what: str, layer: str, step: int) -> None:
-        super().__init__(f"{what} of layer {layer!r} is not finite at step {step}")
-        self.layer = layer
 
 
 def emulate(
@@ -96,30 +93,24 @@ class Emulator:
     """
 
     def __init__(self, model: nn.Module, spec: Emulation, seed: int, optimizer: torch.optim.Optimizer | None) -> None:
-        self.model, self.spec, self.seed, self.optimizer = model, spec, seed, optimizer
+        self.model, self.spec, self.seed = model, spec, seed
         self.layers = matrix_layers(model)
         self.specs = layer_specs(model, spec)
-        self.ledger = Ledger()
         self.step_number = 0
         self.pruning = {
             name: LayerPruning(layer.gradients.pruning)
             for name, layer in self.specs.items()
             if layer.gradients is not None and layer.gradients.pruning is not None
         }
-        self._formats: dict[str, accel.Format] = {}
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)
         self._sampled = False
-        self._micro_batch = -1
-        self._inputs: dict[tuple[int, torch.Size], tuple[Tensor, Stored]] = {}
         self._rounded_inputs: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
-        self._stored_weights: set[int] = set()
-        self._last_layer = ""
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
         self._step_is_new = True
-        self._watcher = _AddendWatcher(self)
+        self._recorder = Recorder(model, self.layers, optimizer)
         self._handles = [
             model.register_forward_pre_hook(self._begin_forward),
             model.register_forward_hook(self._end_forward, always_call=True),
@@ -133,6 +124,11 @@ class Emulator:
             warnings.warn(f"layers that cannot be emulated stay float32: {', '.join(others)}", stacklevel=3)
 
     # --- what the user calls --------------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the sampled steps stored and moved."""
+        return self._recorder.ledger
 
     @property
     def statistics(self) -> list[dict[str, Any]]:
@@ -151,7 +147,7 @@ class Emulator:
     def step(self) -> None:
         """End a training step: call it after the optimizer's step."""
         if self.sampling and self.model.training:
-            self._record_update()
+            self._recorder.update()
         if self.step_number == 0:
             self._check_all_ran()
         self.step_number += 1
@@ -211,10 +207,12 @@ class Emulator:
             assert isinstance(weight, nn.Parameter)
             self._check_call(name, spec, x)
             self._ran.add(name)
-            rounded_x = self._rounded_input(name, spec, x, _channel_dim(module, x))
-            rounded_weight = self._rounded_weight(name, spec, weight, _output_dim(module))
+            rounded_x = self._rounded_input(name, spec, x, channel_dim(module, x))
+            rounded_weight = self._rounded_weight(name, spec, weight, output_dim(module))
             if self._recording:
-                self._record_forward(name, spec, x, rounded_x, rounded_weight)
+                x_stored = self._stored(x, rounded_x, spec.activations, channel_dim(module, x))
+                w_stored = self._stored(weight, rounded_weight, spec.weights, output_dim(module))
+                self._recorder.layer(name, x, x_stored, weight, w_stored)
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
             if arguments:
@@ -233,10 +231,10 @@ class Emulator:
                 weight, x = module._parameters["weight"], _input_of(arguments, named)
                 call = _Call(
                     stream=f"{name}/gradient{self._occurrence_of(name)}",
-                    channel_dim=_channel_dim(module, output),
+                    channel_dim=channel_dim(module, output),
                     has_dgrad=x.requires_grad,
                     has_wgrad=weight is not None and weight.requires_grad,
-                    micro_batch=self._micro_batch if self._recording else None,
+                    micro_batch=self._recorder.micro_batch if self._recording else None,
                 )
                 output.register_hook(lambda dy: self._gradient(name, spec.gradients, dy, call))
 
@@ -261,10 +259,7 @@ class Emulator:
     def _norm_hook(self, name: str) -> Any:
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if self._recording:
-                x = _input_of(arguments, named)
-                add = partial(self.ledger.add, self.step_number, name, "norm_input", micro_batch=self._micro_batch)
-                add("forward", stored_plain(x.numel()), writes=1, resident=True)
-                add("dgrad", stored_plain(x.numel()), reads=int(x.requires_grad))
+                self._recorder.normalisation(name, _input_of(arguments, named))
 
         return before
 
@@ -272,19 +267,12 @@ class Emulator:
         if self._trains and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
             self._step_is_new = False
-            self._micro_batch = -1
-            self._stored_weights.clear()
-        self._last_layer = "(input)"
+            self._recorder.begin_step(self.step_number)
         if self._recording:
-            self._micro_batch += 1
-            self._watcher.__enter__()
+            self._recorder.begin_forward()
 
     def _end_forward(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self._watcher.leave()
-        if self._recording and isinstance(output, Tensor):
-            logits = stored_plain(output.numel())
-            self.ledger.add(self.step_number, "(output)", "activation", "forward", logits, writes=1)
-        self._inputs.clear()
+        self._recorder.end_forward(output)
         self._rounded_inputs.clear()
 
     @property
@@ -335,7 +323,7 @@ class Emulator:
         return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2]
 
     def _round(self, x: Tensor, spec: TensorSpec, stream: str, channel_dim: int) -> Tensor:
-        fmt = self._format(spec)
+        fmt = format_of(spec)
         dim = channel_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
@@ -352,9 +340,11 @@ class Emulator:
 
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
         if role is None or dy.numel() == 0:
-            self._record_gradient(name, stored_plain(dy.numel()), call)
+            if call.micro_batch is not None:
+                plain = stored_plain(dy.numel())
+                self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
             return dy
-        fmt = self._format(role)
+        fmt = format_of(role)
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
             scale = self._scale(dy, role, fmt, dim, call.stream)
@@ -366,7 +356,8 @@ class Emulator:
             else:
                 rounded, alpha, counts = self._prune(self.pruning[name], role, fmt, dy, scale, call.stream)
         if call.micro_batch is not None and counts is not None:
-            self._record_gradient(name, _stored(rounded, counts, role, fmt, scale, alpha), call)
+            stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
+            self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
         return rounded
 
     def _prune(
@@ -383,99 +374,19 @@ class Emulator:
         self._step_elements += total.numel
         return rounded, alpha, counts
 
-    def _format(self, spec: TensorSpec) -> accel.Format:
-        key = spec.format if isinstance(spec.format, str) else spec.format.model_dump_json()
-        if key not in self._formats:
-            described = spec.format.model_dump() if isinstance(spec.format, FormatSpec) else spec.format
-            self._formats[key] = accel.format(described)
-        return self._formats[key]
-
     def _words(self, name: str) -> Words:
         stream = accel.stream_id(name)
         if self._streams.setdefault(stream, name) != name:
             raise RunError(f"random streams {name!r} and {self._streams[stream]!r} collide: rename one of the layers")
         return {"seed": self.seed, "stream": stream, "step": self.step_number}
 
-    # --- the ledger -----------------------------------------------------------------------------------------------
-
-    def _store(self, x: Tensor, rounded: Tensor, spec: TensorSpec | None, channel_dim: int) -> Stored:
+    def _stored(self, x: Tensor, rounded: Tensor, spec: TensorSpec | None, dim: int) -> Stored:
         if spec is None:
             return stored_plain(x.numel())
-        fmt, values = self._format(spec), rounded.detach()
-        dim = channel_dim if spec.granularity == "channel" else None
+        fmt, values, scaled_dim = format_of(spec), rounded.detach(), dim if spec.granularity == "channel" else None
         with torch.no_grad():
-            scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), dim), dim)
-        return _stored(values, accel.count_blocks(values), spec, fmt, scale, 0.0)
-
-    def _record_forward(self, name: str, spec: LayerSpec, x: Tensor, rounded_x: Tensor, rounded_weight: Tensor) -> None:
-        module, micro_batch = self.layers[name], self._micro_batch
-        weight = module._parameters["weight"]
-        assert isinstance(weight, nn.Parameter)
-        add = partial(self.ledger.add, self.step_number, name, micro_batch=micro_batch)
-        has_dgrad, has_wgrad = int(x.requires_grad), int(weight.requires_grad)
-        x_stored = self._store(x, rounded_x, spec.activations, _channel_dim(module, x))
-        key = (x.data_ptr(), x.shape)
-        seen = self._inputs.get(key)
-        is_new = seen is None or (seen[1].format, seen[1].codec) != (x_stored.format, x_stored.codec)
-        second_name_in = () if seen is None else ("fp32", "bf16")
-        self._inputs.setdefault(key, (x, x_stored))  # holding x keeps its address from being used again
-        add(
-            "activation", "forward", x_stored, reads=1, writes=int(is_new and x.requires_grad), resident=is_new,
-            second_name_in=second_name_in,
-        )  # fmt: skip
-        add("activation", "wgrad", x_stored, reads=has_wgrad)
-        if seen is not None and has_dgrad:  # the sum over the readers' dX
-            add("addend", "dgrad", stored_plain(x.numel()), reads=1, writes=1)
-        w_stored = self._store(weight, rounded_weight, spec.weights, _output_dim(module))
-        master_in = ("fp32", *(["encoded"] if w_stored.is_float32 else [])) if has_wgrad else ()
-        first = id(weight) not in self._stored_weights
-        self._stored_weights.add(id(weight))
-        add("weight", "forward", w_stored, reads=1, resident=first, second_name_in=master_in)
-        add("weight", "dgrad", w_stored, reads=has_dgrad)
-        if first and has_wgrad:
-            add("weight", "update", w_stored, writes=1, second_name_in=master_in)
-        self._last_layer = name
-
-    def _record_gradient(self, name: str, stored: Stored, call: _Call) -> None:
-        if call.micro_batch is None:
-            return
-        add = partial(self.ledger.add, self.step_number, name, "gradient", micro_batch=call.micro_batch)
-        add("dgrad", stored, reads=int(call.has_dgrad), writes=1, resident=True)
-        add("wgrad", stored, reads=int(call.has_wgrad))
-
-    def _record_addend(self, addends: list[Tensor]) -> None:
-        add = partial(self.ledger.add, self.step_number, self._last_layer, "addend", micro_batch=self._micro_batch)
-        for addend in addends:
-            seen = self._inputs.get((addend.data_ptr(), addend.shape))
-            kept_as = () if seen is None else ("fp32", "bf16", *(["encoded"] if seen[1].is_float32 else []))
-            stored = stored_plain(addend.numel())
-            add("forward", stored, reads=1, writes=1, second_name_in=kept_as)
-            if addend.requires_grad:
-                add("dgrad", stored, reads=1, writes=1)
-
-    def _record_update(self) -> None:
-        counted: set[int] = set()
-        for name, module in self.model.named_modules():
-            own = [p for p in module._parameters.values() if p is not None and p.requires_grad and id(p) not in counted]
-            counted.update(id(p) for p in own)
-            if not own:
-                continue
-            add = partial(self.ledger.add, self.step_number, name)
-            stored = stored_plain(sum(p.numel() for p in own))
-            add("weight_gradient", "wgrad", stored, writes=1, resident=True)
-            add("weight_gradient", "update", stored, reads=1)
-            add("master", "update", stored, reads=1, writes=1, resident=True)
-            outside = sum(p.numel() for p in own if not (name in self.layers and p is module._parameters["weight"]))
-            if outside:  # biases and normalisation parameters are read where they are used, as they are
-                add("master", "forward", stored_plain(outside), reads=1)
-            if state := self._optimizer_state(own):
-                add("optimizer_state", "update", stored_plain(state), reads=1, writes=1, resident=True)
-
-    def _optimizer_state(self, parameters: list[nn.Parameter]) -> int:
-        if self.optimizer is None:
-            return 0
-        states = (self.optimizer.state.get(p, {}) for p in parameters)
-        return sum(v.numel() for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
+            scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), scaled_dim), scaled_dim)
+        return stored_tensor(values, accel.count_blocks(values), spec, fmt, scale)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -490,49 +401,8 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class _AddendWatcher(TorchDispatchMode):
-    """Sees the additions and concatenations of a forward pass: each brings tensors in from memory once more."""
-
-    def __init__(self, emulation: Emulator) -> None:
-        super().__init__()
-        self.emulation = emulation
-        self.depth = 0
-
-    def __enter__(self) -> _AddendWatcher:
-        self.depth += 1
-        super().__enter__()
-        return self
-
-    def leave(self) -> None:
-        """Exit if entered."""
-        if self.depth:
-            self.depth -= 1
-            self.__exit__(None, None, None)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
-            left, right = args[:2]
-            if isinstance(right, Tensor) and left.shape == right.shape and left.ndim > 1:
-                known = (left.data_ptr(), left.shape) in self.emulation._inputs
-                self.emulation._record_addend([left if known else right])
-        elif func is torch.ops.aten.cat.default:
-            self.emulation._record_addend(list(args[0]))
-        return result
-
-
 def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return arguments[0] if arguments else next(iter(named.values()))
-
-
-def _channel_dim(module: nn.Module, x: Tensor) -> int:
-    """The channel dimension of a layer's input or output: before the spatial ones of a convolution, else the last."""
-    return x.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
-
-
-def _output_dim(module: nn.Module) -> int:
-    """The dimension of a layer's weight that counts its outputs."""
-    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
 
 
 def _snap(alpha: float, fmt: accel.Format, scale: Scale) -> float:
@@ -542,22 +412,3 @@ def _snap(alpha: float, fmt: accel.Format, scale: Scale) -> float:
     unit = 1.0 if scale is None else float(scale)
     snapped = float(accel.quantize(torch.tensor(alpha), fmt, scale=unit))
     return snapped if snapped > 0 else float(torch.tensor(fmt.min_subnormal) * unit)
-
-
-def _stored(
-    x: Tensor, counts: accel.BlockCounts, spec: TensorSpec, fmt: accel.Format, scale: Scale, alpha: float
-) -> Stored:
-    """A rounded tensor in the ledger's terms."""
-    scales = scale.numel() if isinstance(scale, Tensor) else 1
-    histogram = _code_histogram(x, fmt, scale, alpha)
-    return stored_encoded(counts, spec.codec, fmt, tuple(x.shape), histogram=histogram, scales=scales)
-
-
-def _code_histogram(x: Tensor, fmt: accel.Format, scale: Scale, alpha: float) -> tuple[int, ...] | None:
-    """How often each code occurs in a rounded tensor; an alpha that lies off the grid counts as codes of its own."""
-    if fmt.bits > HISTOGRAM_BITS or x.numel() == 0 or (not fmt.has_nan and bool(x.isnan().any())):
-        return None
-    tagged = x.abs() == alpha if alpha else torch.zeros_like(x, dtype=torch.bool)
-    codes = accel.encode(x, fmt, scale=scale).int()
-    codes = torch.where(tagged, (1 << fmt.bits) + (x < 0), codes)
-    return tuple(count for count in torch.bincount(codes.reshape(-1)).tolist() if count)

@@ -42,3 +42,11 @@ class ConfigError(FpsimError):
 
 class RunError(FpsimError):
     """A run that failed (exit code 1)."""
+
+
+class NonFiniteError(RunError):
+    """A NaN or an infinity where training cannot go on. `layer` is where it was seen first."""
+
+    def __init__(self, what: str, layer: str, step: int) -> None:
+        super().__init__(f"{what} of layer {layer!r} is not finite at step {step}")
+        self.layer = layer

@@ -6,14 +6,26 @@ import difflib
 import fnmatch
 import re
 from dataclasses import dataclass
+from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fpsim.config.schema import Emulation, GradientSpec, TensorSpec
+import accel
+from fpsim.config.schema import Emulation, FormatSpec, GradientSpec, TensorSpec
 
 OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@cache
+def _described(spec: str | FormatSpec) -> accel.Format:
+    return accel.format(spec if isinstance(spec, str) else spec.model_dump())
+
+
+def format_of(spec: TensorSpec) -> accel.Format:
+    """The number format of a tensor specification."""
+    return _described(spec.format)
 
 
 class PatternError(ValueError):
@@ -31,6 +43,9 @@ class LayerSpec:
     weights: TensorSpec | None
     activations: TensorSpec | None
     gradients: GradientSpec | None
+
+
+FLOAT32 = LayerSpec(None, None, None)
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,14 +105,23 @@ def layer_specs(model: nn.Module, emulation: Emulation) -> dict[str, LayerSpec]:
 
     included = set().union(*(chosen(p, f"include.{i}") for i, p in enumerate(emulation.include)))
     excluded = set().union(*(chosen(p, f"exclude.{i}") for i, p in enumerate(emulation.exclude)))
-    float32 = LayerSpec(None, None, None)
     general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients)
-    specs = {name: general if name in included - excluded else float32 for name in layers}
+    specs = {name: general if name in included - excluded else FLOAT32 for name in layers}
     for i, override in enumerate(emulation.overrides):
         for name in chosen(override.match, f"overrides.{i}.match"):
             given = {role: getattr(override, role) for role in override.model_fields_set - {"match"}}
             specs[name] = LayerSpec(**{**vars(specs[name]), **given})
     return specs
+
+
+def channel_dim(module: nn.Module, x: Tensor) -> int:
+    """The channel dimension of a layer's input or output: before the spatial ones of a convolution, else the last."""
+    return x.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
+
+
+def output_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its outputs."""
+    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
 
 
 def _no_match(pattern: str, layers: dict[str, nn.Module]) -> str:

@@ -38,8 +38,8 @@ import models
 from fpsim import checkpoint, data
 from fpsim.config import Config, config_hash, config_to_yaml, load_config, parse_config
 from fpsim.config.schema import Emulation, Ledger
-from fpsim.emulation import Emulator, NonFiniteError, emulate
-from fpsim.errors import ConfigError, Problem, RunError
+from fpsim.emulation import Emulator, emulate
+from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
 from fpsim.files import write_json, write_text
 from fpsim.layers import PatternError
 from fpsim.progress import Progress
@@ -201,7 +201,7 @@ class _Session:
             for name, size in state["bytes"].items():
                 _truncate(self.folder / name, size)
             rows = (self.folder / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
-            self.emulator.ledger = accel.Ledger.from_data(json.loads(row) for row in rows)
+            self.emulator.ledger.records[:] = accel.Ledger.from_data(json.loads(row) for row in rows).records
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
         self.ledger_rows = len(rows)

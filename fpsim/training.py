@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fpsim.config.schema import Adam, ConstantSchedule, CosineSchedule, Sgd, StepSchedule
 from fpsim.data import Split
-from fpsim.emulation import NonFiniteError
+from fpsim.errors import NonFiniteError
 
 EVALUATION_BATCH = 250
 
