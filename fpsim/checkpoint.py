@@ -64,9 +64,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     Raises RunError for a checkpoint that is damaged or of a newer version.
     """
     try:
-        written = (path / SUMS_FILE).read_text(encoding="utf-8")
-        for line, expected in zip(_sums(path).splitlines(), written.splitlines(), strict=True):
-            if line != expected:
+        written = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        for line in _sums(path).splitlines():
+            if line not in written:
                 raise RunError(f"{path / line.split()[1]}: damaged, its SHA-256 is not the one in {SUMS_FILE}")
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         if state["version"] > VERSION:

@@ -200,11 +200,23 @@ class _Session:
             self.emulator.load_state_dict(state["emulator"])
             for name, size in state["bytes"].items():
                 _truncate(self.folder / name, size)
-            rows = (self.folder / LEDGER_FILE).read_text(encoding="utf-8").splitlines()
-            self.emulator.ledger.records[:] = accel.Ledger.from_data(json.loads(row) for row in rows).records
+            _rows(self.folder / METRICS_FILE)
+            records = _rows(self.folder / LEDGER_FILE)
+            self.emulator.ledger.records[:] = accel.Ledger.from_data(records).records
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
-        self.ledger_rows = len(rows)
+        self.ledger_rows = len(records)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file. Raises RunError that names the file and the line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: damaged: {error}") from error
+    return rows
 
 
 def _truncate(path: Path, size: int) -> None:
@@ -457,7 +469,7 @@ def _stop_signals() -> Iterator[list[str]]:
 
 
 def _write_tables(folder: Path) -> None:
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    rows = _rows(folder / METRICS_FILE)
     for kind, name in (("step", "steps.csv"), ("epoch", "epochs.csv")):
         chosen = [{key: value for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == kind]
         text = io.StringIO()

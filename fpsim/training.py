@@ -70,12 +70,14 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     was_training = model.training
     model.eval()
     loss, correct = 0.0, 0
-    for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
-        images, labels = split.batch(indices)
-        logits = model(images)
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        correct += int((logits.argmax(1) == labels).sum())
-    model.train(was_training)
+    try:
+        for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
+            images, labels = split.batch(indices)
+            logits = model(images)
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            correct += int((logits.argmax(1) == labels).sum())
+    finally:
+        model.train(was_training)
     return loss / len(split), 100 * correct / len(split)
 
 

@@ -23,11 +23,11 @@ def words(count: int, offset: int = 0, seed: int = 0, stream: int = 0, step: int
 
 
 def operator_t(x: Floats, alpha: float, drawn: npt.NDArray[np.uint32]) -> Floats:
-    """The definition, in NumPy: eps = (word >> 8) 2^-24, one float32 product."""
+    """The definition, in NumPy: eps = (word >> 8) 2^-24, one float32 product; every zero becomes +0."""
     a = np.float32(alpha)
     threshold = a * ((drawn >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24))
-    small = np.where((np.abs(x) >= threshold) & (x != 0), np.copysign(a, x), np.float32(0))
-    return np.where(np.abs(x) < a, small, x)
+    small = np.where(np.abs(x) >= threshold, np.copysign(a, x), np.float32(0))
+    return np.where(x == 0, np.float32(0), np.where(np.abs(x) < a, small, x))
 
 
 def gradients(count: int, seed: int = 0) -> Floats:
@@ -59,14 +59,22 @@ def test_prune_is_the_operator_t(seed: int, stream: int, step: int, offset: int,
     np.testing.assert_array_equal(pruned.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
 
 
-def test_alpha_zero_changes_nothing() -> None:
+def test_alpha_zero_changes_nothing_but_the_sign_of_zeros() -> None:
     x = gradients(1000)
-    assert accel.prune(x, 0.0).tobytes() == x.tobytes()
+    zeros = x == 0
+    assert np.signbit(x[zeros]).any()
+    pruned = accel.prune(x, 0.0)
+    assert pruned[~zeros].tobytes() == x[~zeros].tobytes()
+    assert not pruned[zeros].view(np.uint32).any()
 
 
-def test_zeros_stay_zero_and_are_positive() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 2.0**-149, 0.1])
+def test_zeros_stay_zero_and_are_positive(alpha: float) -> None:
     x = np.float32([0.0, -0.0] * 50_000)
-    assert not accel.prune(x, 0.1).view(np.uint32).any()
+    assert not accel.prune(x, alpha).view(np.uint32).any()
+    fused, counts = accel.prune_quantize(torch.from_numpy(x), alpha, "e5m2", rounding="stochastic")
+    assert not fused.view(torch.int32).any()
+    assert counts.total == accel.Counts(numel=100_000, nonzeros=0, alphas=0)
 
 
 @pytest.mark.parametrize("x", [0.001, -0.01, 0.05, 0.0999, 2.0**-20, 0.1, -0.25])
@@ -131,12 +139,14 @@ def test_fused_equals_the_two_calls_for_alpha_on_the_grid(rounding: str) -> None
     assert torch.equal(fused, accel.quantize(accel.prune(x, ON_GRID, seed=8), "e5m2", rounding=rounding, seed=8))
 
 
-def test_fused_without_threshold_is_quantize() -> None:
-    """-0 included: a format without -0 never shows one."""
+@pytest.mark.parametrize(("fmt", "nonzeros"), [("e4m3fnuz", 1), ("e4m3fn", 2)])
+def test_fused_without_threshold_is_quantize_of_positive_zeros(fmt: str, nonzeros: int) -> None:
+    """-1e-9 rounds to -0, which e4m3fnuz does not have and e4m3fn keeps and stores; a -0 that comes in is a zero."""
     x = torch.tensor([-0.0, 0.0, 1.3, -1e-9])
-    fused, counts = accel.prune_quantize(x, 0.0, "e4m3fnuz")
-    assert torch.equal(fused.view(torch.int32), accel.quantize(x, "e4m3fnuz").view(torch.int32))
-    assert counts.total == accel.Counts(numel=4, nonzeros=1, alphas=0)
+    fused, counts = accel.prune_quantize(x, 0.0, fmt)
+    expected = accel.quantize(torch.tensor([0.0, 0.0, 1.3, -1e-9]), fmt)
+    assert torch.equal(fused.view(torch.int32), expected.view(torch.int32))
+    assert counts.total == accel.Counts(numel=4, nonzeros=nonzeros, alphas=0)
 
 
 @pytest.mark.parametrize("x", [0.003, 0.0106, OFF_GRID, 0.0108, -0.0131, 0.9])

@@ -697,8 +697,9 @@ def test_the_search_for_the_layer_repeats_the_step(tmp_path: Path, monkeypatch: 
 
     train_step = runner._train_step
     monkeypatch.setattr(runner, "_train_step", step)
+    stochastic = {"format": "e4m3fn", "scale": "power_of_two", "rounding": "stochastic"}
     with pytest.raises(RunError, match=r"^output of layer '7' is not finite at step 3"):
-        run(settings(), tmp_path / "run", quiet=True)
+        run(settings(emulation={**EMULATED, "activations": stochastic}), tmp_path / "run", quiet=True)
     first, second = runs
     assert torch.equal(first, second)
     saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
