@@ -22,6 +22,7 @@ import fpsim.emulation
 import models
 from fpsim.emulation import Emulator, emulate
 from fpsim.gradients.pruning import LayerPruning
+from fpsim.memory import keep_freed_memory
 from fpsim.recorder import Recorder
 
 # name: (image shape, width, batch size, target ratio of performance)
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), action="append", help="only this case (may be repeated)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    keep_freed_memory()  # for both, as `fpsim run` does for every run
     description = machine()
     print_lines(description)
     document: dict[str, Any] = {"machine": description, "cases": {}}

@@ -38,8 +38,9 @@ def run(
     from fpsim.config import load_config
 
     loaded = load_config(config, overrides or [])
-    from fpsim import runner
+    from fpsim import memory, runner
 
+    memory.keep_freed_memory()
     _show_result(runner.run(loaded, run_dir, quiet=quiet), as_json)
 
 
@@ -50,8 +51,9 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with an interrupted run: it ends as if it had not been interrupted."""
-    from fpsim import runner
+    from fpsim import memory, runner
 
+    memory.keep_freed_memory()
     _show_result(runner.resume(run, quiet=quiet), as_json)
 
 

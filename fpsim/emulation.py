@@ -331,12 +331,15 @@ class Emulator:
                 x, fmt, rounding=spec.rounding, overflow=spec.overflow, scale=scale, **self._words(stream)
             )
 
-    def _scale(self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str) -> Scale:
+    def _scale(
+        self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str, drawn: Tensor | None = None
+    ) -> Scale:
+        """The scale of x; `drawn` is its `sample`, where one is at hand. Raises NonFiniteError for an x that is not."""
         amax = largest_magnitude(x, dim)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
             layer, role = what.split("/")[:2]
             raise NonFiniteError(role, layer, self.step_number)
-        return scale_of(x, fmt, spec.scale, amax, dim)
+        return scale_of(x if drawn is None or dim is not None else drawn, fmt, spec.scale, amax, dim)
 
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
         if role is None or dy.numel() == 0:
@@ -347,24 +350,33 @@ class Emulator:
         fmt = format_of(role)
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
-            scale = self._scale(dy, role, fmt, dim, call.stream)
+            drawn = sample(dy)
+            scale = self._scale(dy, role, fmt, dim, call.stream, drawn)
             if role.pruning is None:
                 rounded = accel.quantize(
                     dy, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(call.stream)
                 )
                 alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
             else:
-                rounded, alpha, counts = self._prune(self.pruning[name], role, fmt, dy, scale, call.stream)
+                pruning = self.pruning[name]
+                alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
+                alpha = float(np.float32(alpha)) if role.codec == "alpha" else _snap(alpha, fmt, scale)
+                rounded, counts = self._prune(pruning, role, fmt, dy, alpha, scale, call.stream)
         if call.micro_batch is not None and counts is not None:
             stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
         return rounded
 
     def _prune(
-        self, pruning: LayerPruning, role: GradientSpec, fmt: accel.Format, dy: Tensor, scale: Scale, stream: str
-    ) -> tuple[Tensor, float, accel.BlockCounts]:
-        alpha = min(pruning.threshold(sample(dy).numpy(), self.step_number), FLOAT32_MAX)
-        alpha = float(np.float32(alpha)) if role.codec == "alpha" else _snap(alpha, fmt, scale)
+        self,
+        pruning: LayerPruning,
+        role: GradientSpec,
+        fmt: accel.Format,
+        dy: Tensor,
+        alpha: float,
+        scale: Scale,
+        stream: str,
+    ) -> tuple[Tensor, accel.BlockCounts]:
         rounded, counts = accel.prune_quantize(
             dy, alpha, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(stream)
         )
@@ -372,7 +384,7 @@ class Emulator:
         pruning.record(total)
         self._step_zeros += total.numel - total.nonzeros
         self._step_elements += total.numel
-        return rounded, alpha, counts
+        return rounded, counts
 
     def _words(self, name: str) -> Words:
         stream = accel.stream_id(name)

@@ -5,11 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from fpsim.config import parse_emulation
 from fpsim.config.schema import TensorSpec
-from fpsim.layers import LayerSpec, PatternError, layer_specs, matching, matrix_layers
+from fpsim.layers import (
+    LayerSpec,
+    PatternError,
+    channel_dim,
+    layer_specs,
+    matching,
+    matrix_layers,
+    output_dim,
+    unsupported_layers,
+)
 
 FLOAT32 = LayerSpec(None, None, None)
 
@@ -68,6 +79,64 @@ def test_matrix_layers_are_those_with_a_weight_matrix_in_module_order() -> None:
 )
 def test_patterns(pattern: str, names: list[str]) -> None:
     assert matching(pattern, matrix_layers(Network())) == set(names)
+
+
+def test_bilinear_layers_are_no_matrix_layers() -> None:
+    assert matrix_layers(nn.Sequential(nn.Bilinear(2, 3, 4), nn.Linear(4, 2))).keys() == {"1"}
+
+
+def test_unsupported_layers_are_those_whose_products_are_not_seen() -> None:
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(4, 1),
+            "gru": nn.GRU(3, 3),
+            "cell": nn.LSTMCell(3, 3),
+            "bilinear": nn.Bilinear(2, 3, 4),
+            "normed": parametrizations.weight_norm(nn.Conv2d(3, 4, 3)),
+            "orthogonal": parametrizations.orthogonal(nn.Linear(3, 3)),
+            "bias_only": nn.Linear(3, 3),
+            "supported": Network(),
+        }
+    )
+    parametrize.register_parametrization(model["bias_only"], "bias", nn.Tanh())
+    parametrize.register_parametrization(model["supported"].norm, "weight", nn.Tanh())
+    assert unsupported_layers(model) == [
+        "attention (MultiheadAttention)",
+        "gru (GRU)",
+        "cell (LSTMCell)",
+        "bilinear (Bilinear)",
+        "normed (ParametrizedConv2d)",
+        "orthogonal (ParametrizedLinear)",
+    ]
+    assert unsupported_layers(Network()) == []
+    assert "normed" not in matrix_layers(model)
+    assert "bias_only" in matrix_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x_shape", "channel", "output"),
+    [
+        (nn.Linear(4, 3), (5, 4), 1, 0),
+        (nn.Linear(4, 3), (4,), 0, 0),
+        (nn.Linear(4, 3), (2, 5, 4), 2, 0),
+        (nn.Conv1d(4, 3, 2), (2, 4, 5), 1, 0),
+        (nn.Conv1d(4, 3, 2), (4, 5), 0, 0),
+        (nn.Conv2d(4, 3, 2), (2, 4, 5, 5), 1, 0),
+        (nn.Conv2d(4, 3, 2), (4, 5, 5), 0, 0),
+        (nn.Conv3d(4, 3, 2), (4, 5, 5, 5), 0, 0),
+        (nn.ConvTranspose2d(4, 3, 2), (2, 4, 5, 5), 1, 1),
+    ],
+)
+def test_channels_lie_where_the_layer_counts_them(
+    layer: nn.Module, x_shape: tuple[int, ...], channel: int, output: int
+) -> None:
+    x = torch.zeros(x_shape)
+    assert channel_dim(layer, x) == channel
+    assert x.shape[channel] == 4
+    y = layer(x)
+    assert y.shape[channel_dim(layer, y)] == 3
+    assert output_dim(layer) == output
+    assert layer.weight.shape[output] == 3
 
 
 def test_first_and_last_of_a_model_without_matrix_layers_match_nothing() -> None:
