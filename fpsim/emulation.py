@@ -105,7 +105,7 @@ class Emulator:
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)
         self._sampled = False
-        self._rounded_inputs: dict[tuple[int, int, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._rounded_inputs: dict[tuple[int, TensorSpec, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
@@ -150,11 +150,15 @@ class Emulator:
             self._recorder.update()
         if self.step_number == 0:
             self._check_all_ran()
-        self.step_number += 1
+        self._begin_step(self.step_number + 1)
+
+    def _begin_step(self, number: int) -> None:
+        self.step_number = number
         self._sampled = False
         self._step_is_new = True
-        self._occurrences.clear()
         self._rounded_weights.clear()
+        self._recorder.begin_step(number)
+        self.restart_step()
 
     def restart_step(self) -> None:
         """Have the current step's forward pass draw the same random words again."""
@@ -185,7 +189,7 @@ class Emulator:
             raise ValueError(
                 f"the saved state prunes other layers: {sorted(set(state['pruning']) ^ set(self.pruning))}"
             )
-        self.step_number = state["step"]
+        self._begin_step(state["step"])
         for name, pruning in self.pruning.items():
             pruning.load_state_dict(state["pruning"][name])
 
@@ -226,6 +230,8 @@ class Emulator:
             if output is None or not is_observed:  # None: the layer raised
                 return
             if not isinstance(output, Tensor):
+                if spec.gradients is None:
+                    return
                 raise RunError(f"layer {name!r} returns a {type(output).__name__}: its gradient cannot be emulated")
             if output.requires_grad:
                 weight, x = module._parameters["weight"], _input_of(arguments, named)
@@ -247,6 +253,8 @@ class Emulator:
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             given = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise RunError(f"layer {name!r} gets {given}: emulation works on float32 tensors (turn autocast off)")
+        if torch.is_autocast_enabled(x.device.type):
+            raise RunError(f"layer {name!r} runs under autocast: emulation works on float32 tensors")
         if torch._C._current_graph_task_id() != -1:
             raise RunError(f"layer {name!r} is recomputed in backward: activation checkpointing cannot be emulated")
 
@@ -267,7 +275,6 @@ class Emulator:
         if self._trains and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
             self._step_is_new = False
-            self._recorder.begin_step(self.step_number)
         if self._recording:
             self._recorder.begin_forward()
 
@@ -302,15 +309,13 @@ class Emulator:
         stream = f"{name}/activation{self._next_occurrence(name)}"
         if spec.activations is None:
             return x
-        key = id(x), id(spec.activations), channel_dim
+        key = id(x), spec.activations, channel_dim
         known = self._rounded_inputs.get(key)
-        if known is not None and known[0]() is x and known[1] == x._version:
-            return known[2]
-        rounded = self._round(x, spec.activations, stream, channel_dim)
-        rounded = _StraightThrough.apply(x, rounded) if x.requires_grad else rounded
-        forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
-        self._rounded_inputs[key] = (forget, x._version, rounded)
-        return rounded
+        if known is None or known[0]() is not x or known[1] != x._version:
+            forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
+            known = forget, x._version, self._round(x, spec.activations, stream, channel_dim)
+            self._rounded_inputs[key] = known
+        return _StraightThrough.apply(x, known[2]) if x.requires_grad else known[2]
 
     def _rounded_weight(self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int) -> Tensor:
         """W as the hardware holds it: rounded once a step, however often the layer runs."""

@@ -70,6 +70,7 @@ def unsupported_layers(model: nn.Module) -> list[str]:
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
         if isinstance(module, opaque)
+        or (isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and "weight" not in module._parameters)
         or (parametrize.is_parametrized(module, "weight") and not isinstance(module, NORMS))
     ]
 

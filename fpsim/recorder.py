@@ -70,10 +70,11 @@ class Recorder:
         has_dgrad, has_wgrad = int(x.requires_grad), int(weight.requires_grad)
         key = (x.data_ptr(), x.shape)
         seen = self._inputs.get(key)
+        is_written = self._last_layer != "(input)" or x.requires_grad  # else it is the model's input, and lies there
         is_new = seen is None or (seen[1].format, seen[1].codec) != (x_stored.format, x_stored.codec)
         self._inputs.setdefault(key, (x, x_stored))  # holding x keeps its address from being used again
         add(
-            "activation", "forward", x_stored, reads=1, writes=int(is_new and x.requires_grad), resident=is_new,
+            "activation", "forward", x_stored, reads=1, writes=int(is_new and is_written), resident=is_new,
             second_name_in=() if seen is None else ("fp32", "bf16"),
         )  # fmt: skip
         add("activation", "wgrad", x_stored, reads=has_wgrad)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from accel import Format
 
-SMALLEST_SCALE = 2.0**-126
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 SAMPLE = 4096  # elements that the mean of log2|x| is taken over
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples are sample positions that follow no stride of the tensor
 
@@ -47,8 +47,9 @@ def scale_of(
     if amax == 0:
         return 1.0
     if kind == "amax":
-        scale = np.float32(max(amax / fmt.max, SMALLEST_SCALE))
-        return float(np.nextafter(scale, np.float32(np.inf)) if amax / scale > fmt.max else scale)
+        scale = np.float32(min(max(amax / fmt.max, SMALLEST_SCALE), LARGEST_SCALE))
+        is_too_small = amax / scale > fmt.max and scale < LARGEST_SCALE
+        return float(np.nextafter(scale, np.float32(np.inf)) if is_too_small else scale)
     exponent = _exponent_above(amax / fmt.max)
     if kind == "lognormal_mean":
         exponent = max(exponent, round(max(float(mean_log2(x)) - _centre(fmt), -126)))
@@ -58,8 +59,9 @@ def scale_of(
 def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim: int | None) -> Tensor:
     ratio = amax.double() / fmt.max
     if kind == "amax":
-        scales = ratio.clamp(min=SMALLEST_SCALE).float()
-        scales = torch.where(amax / scales > fmt.max, torch.nextafter(scales, torch.tensor(torch.inf)), scales)
+        scales = ratio.clamp(SMALLEST_SCALE, LARGEST_SCALE).float()
+        is_too_small = (amax / scales > fmt.max) & (scales < LARGEST_SCALE)
+        scales = torch.where(is_too_small, torch.nextafter(scales, torch.tensor(torch.inf)), scales)
     else:
         mantissa, exponents = torch.frexp(ratio)
         exponents = torch.where(mantissa == 0.5, exponents - 1, exponents)
