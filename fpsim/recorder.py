@@ -181,7 +181,11 @@ def code_histogram(x: Tensor, fmt: accel.Format, scale: Scale, alpha: float) -> 
     """How often each code occurs in a rounded tensor; an alpha that lies off the grid counts as codes of its own."""
     if fmt.bits > HISTOGRAM_BITS or x.numel() == 0 or (not fmt.has_nan and bool(x.isnan().any())):
         return None
-    tagged = x.abs() == alpha if alpha else torch.zeros_like(x, dtype=torch.bool)
-    codes = accel.encode(x, fmt, scale=scale).int()
-    codes = torch.where(tagged, (1 << fmt.bits) + (x < 0), codes)
-    return tuple(count for count in torch.bincount(codes.reshape(-1)).tolist() if count)
+    tagged: list[int] = []
+    if alpha:
+        positive, negative = x == alpha, x == -alpha
+        tagged = [int(torch.count_nonzero(positive)), int(torch.count_nonzero(negative))]
+        x = x.masked_fill(positive | negative, 0.0)
+    histogram = accel.count_codes(accel.encode(x, fmt, scale=scale))
+    histogram[0] -= sum(tagged)
+    return tuple(count for count in [*histogram.tolist(), *tagged] if count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from accel.codecs.codec import Codec, CodecError
-from accel.codecs.counts import BlockCounts, Counts, count_blocks
+from accel.codecs.counts import BlockCounts, Counts, count_blocks, count_codes
 from accel.codecs.footprint import Footprint, footprint, footprint_of_blocks
 from accel.codecs.packed import Packed, pack, unpack
 from accel.codecs.registry import CODECS, find_codec
@@ -17,6 +17,7 @@ __all__ = [
     "Footprint",
     "Packed",
     "count_blocks",
+    "count_codes",
     "find_codec",
     "footprint",
     "footprint_of_blocks",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from accel.codecs.arguments import as_float32, checked_alpha, checked_block
-from accel.codecs.codec import BLOCK, CodecError
+from accel.codecs.codec import BLOCK, MAX_BLOCK, CodecError
 from accel.kernels import cpu
 from accel.kernels.jit import kernel
 
@@ -95,3 +95,19 @@ def _count_blocks(start, stop, words, alpha_word, block, nonzeros, alphas):  # t
             matches = np.int32(matches + np.int32(np.int32(piece[i] & np.int32(0x7FFFFFFF)) == alpha_word))
         nonzeros[first // block] = piece.size - zeros
         alphas[first // block] = matches if alpha_word != 0 else 0
+
+
+def count_codes(codes: torch.Tensor) -> npt.NDArray[np.int64]:
+    """How often each code occurs in a uint8 tensor: int64 of shape (256,)."""
+    flat = codes.reshape(-1).numpy()
+    histograms = np.zeros((block_count(flat.size, MAX_BLOCK), 256), np.int64)
+    cpu.run(_count_codes, flat.size, flat, histograms, threads=torch.get_num_threads(), align=MAX_BLOCK)
+    return histograms.sum(axis=0)
+
+
+@kernel
+def _count_codes(start, stop, codes, histograms):  # type: ignore[no-untyped-def]
+    for low in range(start, stop, MAX_BLOCK):
+        block, histogram = codes[low : min(low + MAX_BLOCK, stop)], histograms[low // MAX_BLOCK]
+        for i in range(block.size):
+            histogram[block[i]] += 1
