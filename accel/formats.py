@@ -148,7 +148,7 @@ class Format:
         """Exponent of the smallest normal number (of the binade that holds the subnormals, for exponent_bits = 0)."""
         return 1 - self.bias
 
-    @property
+    @cached_property
     def max(self) -> float:
         """Largest finite number."""
         return self._value(self.max_code)
