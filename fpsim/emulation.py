@@ -366,30 +366,20 @@ class Emulator:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
                 alpha = float(np.float32(alpha)) if role.codec == "alpha" else _snap(alpha, fmt, scale)
-                rounded, counts = self._prune(pruning, role, fmt, dy, alpha, scale, call.stream)
+                rounded, counts = accel.prune_quantize(
+                    dy, alpha, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale,
+                    **self._words(call.stream),
+                )  # fmt: skip
+                self._count_sparsity(pruning, counts.total)
         if call.micro_batch is not None and counts is not None:
             stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
         return rounded
 
-    def _prune(
-        self,
-        pruning: LayerPruning,
-        role: GradientSpec,
-        fmt: accel.Format,
-        dy: Tensor,
-        alpha: float,
-        scale: Scale,
-        stream: str,
-    ) -> tuple[Tensor, accel.BlockCounts]:
-        rounded, counts = accel.prune_quantize(
-            dy, alpha, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(stream)
-        )
-        total = counts.total
+    def _count_sparsity(self, pruning: LayerPruning, total: accel.Counts) -> None:
         pruning.record(total)
         self._step_zeros += total.numel - total.nonzeros
         self._step_elements += total.numel
-        return rounded, counts
 
     def _words(self, name: str) -> Words:
         stream = accel.stream_id(name)
