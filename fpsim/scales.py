@@ -57,19 +57,20 @@ def scale_of(
 
 
 def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim: int | None) -> Tensor:
-    ratio = amax.double() / fmt.max
+    largest = amax.numpy()  # NumPy: its small operations cost a fraction of torch's
+    ratio = largest.astype(np.float64) / fmt.max
     if kind == "amax":
-        scales = ratio.clamp(SMALLEST_SCALE, LARGEST_SCALE).float()
-        is_too_small = (amax / scales > fmt.max) & (scales < LARGEST_SCALE)
-        scales = torch.where(is_too_small, torch.nextafter(scales, torch.tensor(torch.inf)), scales)
+        scales = np.clip(ratio, SMALLEST_SCALE, LARGEST_SCALE).astype(np.float32)
+        is_too_small = (largest / scales > fmt.max) & (scales < LARGEST_SCALE)
+        scales = np.where(is_too_small, np.nextafter(scales, np.float32(np.inf)), scales)
     else:
-        mantissa, exponents = torch.frexp(ratio)
-        exponents = torch.where(mantissa == 0.5, exponents - 1, exponents)
+        mantissa, exponents = np.frexp(ratio)
+        exponents = np.where(mantissa == 0.5, exponents - 1, exponents)
         if kind == "lognormal_mean":
-            centred = torch.round(mean_log2(x, channel_dim) - _centre(fmt)).clamp(min=-126)
-            exponents = torch.maximum(exponents, centred.int())
-        scales = torch.ldexp(torch.ones_like(ratio), exponents.clamp(-126, 127)).float()
-    return torch.where(amax > 0, scales, 1.0)
+            centred = np.round(mean_log2(x, channel_dim).numpy() - _centre(fmt))
+            exponents = np.maximum(exponents, np.maximum(centred, -126).astype(exponents.dtype))
+        scales = np.ldexp(1.0, np.clip(exponents, -126, 127)).astype(np.float32)
+    return torch.from_numpy(np.where(largest > 0, scales, np.float32(1)))
 
 
 def _centre(fmt: Format) -> float:
