@@ -77,7 +77,7 @@ def report(
 
 @app.command()
 def validate(config: ConfigName, overrides: Overrides = None) -> None:
-    """Check CONFIG and print it resolved, with every default."""
+    """Check CONFIG's keys, values and formats and print it with every default (data and layers are met by `run`)."""
     from fpsim.config import config_to_yaml, load_config
 
     print(config_to_yaml(load_config(config, overrides or [])), end="")

@@ -49,5 +49,6 @@ def test_commands_are_accepted(command: list[str]) -> None:
 
 
 def test_the_yaml_is_the_quickstart() -> None:
-    (shown,) = blocks("yaml")
+    shown, overrides = blocks("yaml")
+    assert parse_config({**yaml.safe_load(shown.replace("5e-4", "0.0005")), **yaml.safe_load(overrides)})
     assert parse_config(yaml.safe_load(shown.replace("5e-4", "0.0005"))) == load_config("quickstart")

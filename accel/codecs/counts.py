@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,8 @@ class Counts:
 class BlockCounts:
     """The counts of each block of `block` elements (the last may be shorter): int64 arrays of shape (blocks,)."""
 
-    nonzeros: npt.NDArray[np.int64]
-    alphas: npt.NDArray[np.int64]
+    nonzeros: npt.NDArray[np.int64] = field(repr=False)
+    alphas: npt.NDArray[np.int64] = field(repr=False)
     numel: int
     block: int = BLOCK
 

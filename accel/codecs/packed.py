@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -67,7 +67,7 @@ class Packed:
     """An encoded tensor: its stream, and the header read from it. Made by `pack` and `from_bytes`."""
 
     header: Header
-    stream: bytes
+    stream: bytes = field(repr=False)
 
     @property
     def nbits(self) -> int:
@@ -150,6 +150,8 @@ def pack(
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The tensor that was packed: CPU, float32, in its shape. Raises CodecError for a stream whose parts contradict."""
+    if not isinstance(packed, Packed):
+        raise CodecError(f"unpack takes a Packed: make one of bytes by Packed.from_bytes (got {type(packed).__name__})")
     header = packed.header
     bounds = _block_bounds(packed)
     body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]

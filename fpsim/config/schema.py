@@ -359,7 +359,8 @@ class GradientSpec(TensorSpec):
 
 
 class Override(Section):
-    """Another treatment of some layers. A role that is left out keeps the general one; null is float32."""
+    """Another treatment of some layers. A role that is left out keeps the general one; a role that is given replaces it
+    as a whole, with the defaults for what it does not say; null is float32."""
 
     match: LayerPattern
     """The layers: a pattern as in include."""

@@ -169,7 +169,11 @@ def miss_note(run: dict[str, Any]) -> str | None:
 def ledger_note(comparison: dict[str, Any]) -> str:
     """On how many steps the footprints, traffic and bits per element rest."""
     steps = "; ".join(f"{run['label']}: {run['sampled_steps']} of {run['steps']:,}" for run in comparison["runs"])
-    return f"Footprint, traffic and bits per element are counted on sampled steps ({steps}); sparsity on every step."
+    return (
+        f"Footprint, traffic and bits per element are counted on sampled steps ({steps}); sparsity on every step. "
+        "A ratio above 1 is a saving, below 1 a loss. Sparsity counts the zeros that a gradient had before pruning "
+        "(behind ReLU or pooling), so it may exceed what was asked."
+    )
 
 
 def _size_rows(title: str, part: str) -> tuple[RunRow, ...]:
