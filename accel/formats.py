@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -64,7 +64,7 @@ class Format:
             raise ValueError(f"format {self.name!r}: subnormals must be true or false (got {self.subnormals!r})")
         if not isinstance(self.policy, str) or self.policy not in POLICIES:
             raise ValueError(
-                f"format {self.name!r}: unknown policy {self.policy!r}{_nearest(self.policy, POLICIES)}; "
+                f"format {self.name!r}: unknown policy {self.policy!r}{nearest(self.policy, POLICIES)}; "
                 f"allowed: {', '.join(POLICIES)}"
             )
         if self.exponent_bits + self.mantissa_bits == 0:
@@ -194,8 +194,9 @@ def _check_widths(name: str, exponent_bits: int, mantissa_bits: int) -> None:
             raise ValueError(f"format {name!r}: {field} must be an integer from 0 to {most} (got {value!r})")
 
 
-def _nearest(name: object, allowed: object) -> str:
-    close = difflib.get_close_matches(str(name), [str(key) for key in allowed], n=1)  # type: ignore[attr-defined]
+def nearest(name: object, allowed: Iterable[object]) -> str:
+    """ " (did you mean 'x'?)" for the allowed name nearest to one that is unknown, "" where none is near."""
+    close = difflib.get_close_matches(str(name), [str(key) for key in allowed], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -241,7 +242,7 @@ def format(spec: str | Mapping[str, object] | Format) -> Format:
         match = re.fullmatch(r"e(\d)m(\d|[12]\d)(fn|fnuz)?", name)
         if not match:
             raise ValueError(
-                f"unknown format {spec!r}{_nearest(spec, PRESETS)}; allowed: {', '.join(PRESETS)}, "
+                f"unknown format {spec!r}{nearest(spec, PRESETS)}; allowed: {', '.join(PRESETS)}, "
                 "or eXmY with 0 <= X <= 8 and 0 <= Y <= 23"
             )
         return _described(name, int(match[1]), int(match[2]), policy=match[3])
@@ -250,7 +251,7 @@ def format(spec: str | Mapping[str, object] | Format) -> Format:
     for key in spec:
         if key not in _KEYS:
             raise ValueError(
-                f"format: unknown key {key!r}{_nearest(str(key), _KEYS)}; allowed: {', '.join(sorted(_KEYS))}"
+                f"format: unknown key {key!r}{nearest(str(key), _KEYS)}; allowed: {', '.join(sorted(_KEYS))}"
             )
     options = {key: value for key, value in spec.items() if value is not None}
     for key in ("exponent_bits", "mantissa_bits"):

@@ -8,7 +8,6 @@ differentiable; `fpsim.emulate` gives them their gradients.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from accel.codecs.counts import BlockCounts
-from accel.formats import Format, format
+from accel.formats import Format, format, nearest
 from accel.kernels import cpu
 from accel.rounding import OVERFLOWS, ROUNDINGS, Parameters, parameters
 
@@ -241,9 +240,7 @@ def _parameters(
 def _check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
     names = list(allowed)
     if value not in names:
-        close = difflib.get_close_matches(str(value), [str(n) for n in names], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown {name} {value!r}{hint}; allowed: {', '.join(map(repr, names))}")
+        raise ValueError(f"unknown {name} {value!r}{nearest(value, names)}; allowed: {', '.join(map(repr, names))}")
 
 
 def _check_holds(dtype: torch.dtype, fmt: Format) -> None:
@@ -317,9 +314,8 @@ def _flat(x: torch.Tensor, result: torch.Tensor) -> npt.NDArray[np.float32]:
     """x in row-major order as float32; a copy where `result` overlaps it other than element on element."""
     flat = _view(x.to(torch.float32).contiguous())
     target = _view(result)
-    if flat.ctypes.data != target.ctypes.data or flat.dtype != target.dtype:
-        return flat.copy() if np.may_share_memory(flat, target) else flat
-    return flat
+    in_place = flat.ctypes.data == target.ctypes.data and flat.dtype == target.dtype
+    return flat.copy() if not in_place and np.may_share_memory(flat, target) else flat
 
 
 def _view(x: torch.Tensor) -> npt.NDArray[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +16,7 @@ from accel.codecs.codec import BLOCK, Codec, CodecError
 from accel.codecs.counts import BlockCounts, Counts, block_count
 from accel.codecs.packed import OFFSET_BYTES, header_bytes, pack
 from accel.codecs.registry import find_codec
-from accel.formats import Format
+from accel.formats import Format, nearest
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ def _counts_of(mapping: Mapping[str, Any]) -> Counts:
     allowed = {field.name for field in fields(Counts)}
     for key in mapping:
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = nearest(key, allowed)
             raise CodecError(f"counts: unknown key {key!r}{hint}; allowed: {', '.join(sorted(allowed))}")
     for key in ("numel", "nonzeros"):
         if key not in mapping:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fpsim.errors import ConfigError, Problem
+from fpsim.files import write_text
 from fpsim.report.compare import comparison
 from fpsim.report.page import render_html
 from fpsim.report.results import load_results
@@ -36,10 +36,8 @@ def report(run_dirs: Sequence[Path], output: Path | None = None, *, width: int =
 
 
 def _write(file: Path, content: str) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(file)
+        write_text(file, content)
     except OSError as error:
         raise ConfigError([Problem("", f"the report cannot be written: {error.strerror}", str(file))]) from error
