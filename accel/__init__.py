@@ -1,5 +1,6 @@
 """The hardware: number formats, rounding, pruning and encodings, as a chip computes them, bit for bit."""
 
+from accel.block_formats import BlockFormat
 from accel.codecs import (
     CODECS,
     BlockCounts,
@@ -14,14 +15,17 @@ from accel.codecs import (
     pack,
     unpack,
 )
-from accel.formats import Format, format, formats
+from accel.formats import Format
 from accel.ledger import Ledger
-from accel.operations import decode, encode, prune, prune_quantize, quantize
+from accel.operations import BlockCodes, decode, encode, prune, prune_quantize, quantize, quantize_encode
+from accel.presets import format, formats
 from accel.random import stream_id
 
 __all__ = [
     "CODECS",
+    "BlockCodes",
     "BlockCounts",
+    "BlockFormat",
     "CodecError",
     "Counts",
     "Footprint",
@@ -40,6 +44,7 @@ __all__ = [
     "prune",
     "prune_quantize",
     "quantize",
+    "quantize_encode",
     "stream_id",
     "unpack",
 ]

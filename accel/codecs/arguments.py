@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from accel.block_formats import BlockFormat
 from accel.codecs.codec import MAX_BLOCK, CodecError
-from accel.formats import Format, format
+from accel.formats import Format
+from accel.presets import format
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIMENSIONS = 64
@@ -55,8 +57,11 @@ def checked_positive(name: str, value: float) -> np.float32:
 
 
 def checked_format(fmt: Any) -> Format:
-    """The format that fmt describes (see accel.formats.format); CodecError where it describes none."""
+    """The scalar format that fmt describes (see accel.format); CodecError where it describes none."""
     try:
-        return format(fmt)
+        described = format(fmt)
     except ValueError as error:
         raise CodecError(str(error)) from None
+    if isinstance(described, BlockFormat):
+        raise CodecError(f"a stream holds codes of a scalar format (got the block format {described.name!r})")
+    return described

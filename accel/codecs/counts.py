@@ -54,6 +54,12 @@ class BlockCounts:
     numel: int
     block: int = BLOCK
 
+    @classmethod
+    def of(cls, counts: torch.Tensor, numel: int, block: int) -> BlockCounts:
+        """The counts that a kernel left in an int64 tensor (2, blocks): nonzeros and +-alphas."""
+        nonzeros, alphas = counts.cpu().numpy()
+        return cls(nonzeros, alphas, numel, block)
+
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Elements of each block."""

@@ -29,9 +29,10 @@ from accel.formats import Format
 MAGIC = b"FPSM"
 VERSION = 1
 PREFIX = struct.Struct("<4sHI")  # magic, version, CRC-32C of everything after it
-# exponent bits, mantissa bits, bias, subnormals, dimensions, block, scale, alpha, metadata bytes, payload bytes
+# exponent bits, mantissa bits, bias, flags, dimensions, block, scale, alpha, metadata bytes, payload bytes
 FIELDS = struct.Struct("<BBhBBIffQQ")
 OFFSET_BYTES = 4
+NO_ALPHA = np.float32(0)
 MAX_BODY_BYTES = (1 << 32) - 1
 MAX_NUMEL = (1 << 61) - 1  # float32 elements that 63-bit byte counts reach
 
@@ -131,7 +132,7 @@ def pack(
     pieces: list[bytes] = []
     for start in range(0, flat.size, block):
         offsets.append(sum(lengths.values()))
-        symbols, exact = _symbols(flat[start : start + block], value, factor, tagged if encoding.tags_alpha else None)
+        symbols, exact = _symbols(flat[start : start + block], value, factor, tagged or NO_ALPHA, encoding.tags_alpha)
         if not exact.all():
             raise CodecError(_misfit(values, start + int(np.argmin(exact)), encoding, value, factor))
         for stream, fields in zip(encoding.streams, encoding.split(symbols), strict=True):
@@ -142,7 +143,7 @@ def pack(
                 f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
             )
     header = Header(
-        encoding, value, values.shape, block, factor, tagged or np.float32(0), lengths["metadata"], lengths["payload"]
+        encoding, value, values.shape, block, factor, tagged or NO_ALPHA, lengths["metadata"], lengths["payload"]
     )
     rest = b"".join([_write_header(header), np.array(offsets, "<u4").tobytes(), *pieces])
     return Packed(header, PREFIX.pack(MAGIC, VERSION, crc32c(rest)) + rest)
@@ -160,7 +161,7 @@ def unpack(packed: Packed) -> torch.Tensor:
     for index, start in enumerate(range(0, header.numel, header.block)):
         piece = values[start : start + header.block]
         symbols = _read_block(body[bounds[index] : bounds[index + 1]], index, header, piece.size, lengths)
-        piece[:] = decode_values(symbols.codes, header.fmt, header.scale)
+        piece[:] = decode_values(symbols.codes, header.fmt, header.scale, header.alpha)
         piece[symbols.tags == Tag.POSITIVE_ALPHA] = header.alpha
         piece[symbols.tags == Tag.NEGATIVE_ALPHA] = -header.alpha
     if lengths != {"metadata": header.metadata_bytes, "payload": header.payload_bytes}:
@@ -177,14 +178,14 @@ def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
 
 
 def _symbols(
-    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32 | None
+    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32, tags_alpha: bool
 ) -> tuple[Symbols, npt.NDArray[np.bool_]]:
     """The symbols of x, and which of them give the element back bit for bit (any NaN for a NaN)."""
-    codes = encode_values(x, fmt, scale)
-    decoded = decode_values(codes, fmt, scale)
+    codes = encode_values(x, fmt, scale, alpha)
+    decoded = decode_values(codes, fmt, scale, alpha)
     exact = (decoded.view(np.int32) == x.view(np.int32)) | (np.isnan(decoded) & np.isnan(x))
     tags = (codes != 0).astype(np.uint8)
-    if alpha is not None:
+    if tags_alpha and alpha > 0:
         tagged = np.abs(x) == alpha
         exact |= tagged
         codes[tagged] = 0
@@ -247,10 +248,14 @@ def _text(text: str) -> bytes:
     return bytes([len(encoded)]) + encoded
 
 
+def _flags(fmt: Format) -> int:
+    return fmt.subnormals | (not fmt.signed) << 1 | fmt.alpha_codes << 2
+
+
 def _write_header(header: Header) -> bytes:
     fmt = header.fmt
     fields = FIELDS.pack(
-        fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, fmt.subnormals, len(header.shape), header.block,
+        fmt.exponent_bits, fmt.mantissa_bits, fmt.bias, _flags(fmt), len(header.shape), header.block,
         header.scale, header.alpha, header.metadata_bytes, header.payload_bytes,
     )  # fmt: skip
     names = b"".join(_text(text) for text in _names(header.codec, fmt))
@@ -260,7 +265,7 @@ def _write_header(header: Header) -> bytes:
 def _read_header(stream: bytes) -> Header:
     try:
         fields = FIELDS.unpack_from(stream, PREFIX.size)
-        exponent_bits, mantissa_bits, bias, subnormals, dimensions, block, scale, alpha, *part_bytes = fields
+        exponent_bits, mantissa_bits, bias, flags, dimensions, block, scale, alpha, *part_bytes = fields
         position = PREFIX.size + FIELDS.size
         names = []
         for _ in range(3):
@@ -274,15 +279,16 @@ def _read_header(stream: bytes) -> Header:
         shape = struct.unpack_from(f"<{dimensions}Q", stream, position)
         if math.prod(max(size, 1) for size in shape) > MAX_NUMEL:
             raise CodecError(f"shape {shape} is larger than any tensor")
-        if subnormals > 1:
-            raise CodecError(f"subnormals must be 0 or 1 (got {subnormals})")
+        if flags > 7:
+            raise CodecError(f"the format's flags must be 0 to 7 (got {flags})")
+        subnormals, unsigned, alpha_codes = (bool(flags >> bit & 1) for bit in range(3))
         return Header(
             find_codec(codec),
-            Format(name, exponent_bits, mantissa_bits, bias, policy, bool(subnormals)),
+            Format(name, exponent_bits, mantissa_bits, bias, policy, subnormals, not unsigned, alpha_codes),
             shape,
             checked_block(block),
             checked_positive("scale", scale),
-            checked_alpha(alpha) or np.float32(0),
+            checked_alpha(alpha) or NO_ALPHA,
             *part_bytes,
         )
     except (struct.error, ValueError) as error:

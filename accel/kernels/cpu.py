@@ -1,11 +1,12 @@
 """CPU loops over the scalar functions, and how they are spread over threads.
 
-Every loop takes a piece [start, stop) of flat, contiguous arrays. `run` cuts the work into one piece a thread; since
-random words depend only on the element's index, the bits do not depend on the cut. Inner loops run over slices that
-start at index 0: only then does the compiler know that no index is negative, and vectorises.
+Every loop takes a piece [start, stop) of flat, contiguous arrays, whose first element has number `first` in the whole
+tensor. `run` cuts the work into one piece a thread; since random words depend only on the element's number, the bits do
+not depend on the cut. Inner loops run over slices that start at index 0: only then does the compiler know that no index
+is negative, and vectorises.
 
-Scales come as one float32 a row of `row_length` elements (a single row for a scale per tensor). A format comes last,
-as the fields of `accel.rounding.Parameters`.
+One loop serves several scalar functions: `kernel` binds the names in capitals and `transform`, `rescaled`. A format
+comes last, as the fields of its parameters.
 """
 
 from __future__ import annotations
@@ -16,25 +17,26 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 
-from accel.kernels.jit import Kernel, config, kernel, scalar
-from accel.random import LOW_WORD, WORD_BITS, philox4x32
-from accel.rounding import (
-    FLOAT_ZERO,
-    MAGNITUDE,
-    Parameters,
-    bits_of,
-    code_of,
-    finish,
-    prune_stochastic,
-    round_nearest_even,
-    round_stochastic,
-    value_of,
-)
+from accel import block_scaling, rounding, rounding_fast
+from accel.block_formats import BlockFormat
+from accel.block_scaling import BlockParameters, block_scale
+from accel.kernels.arguments import Fields, Key, Layout, Scales
+from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
+from accel.random import LOW_WORD, philox4x32
+from accel.rounding import Parameters, prune_stochastic, value_of
+from accel.rounding_fast import FastParameters
+from accel.words import bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
+
+MAGNITUDE = rounding.MAGNITUDE_32
+INFINITY = block_scaling.INFINITY
+NO_DRAW = block_scaling.NO_DRAW
+ONE_ALPHA = np.uint32(1 << 16)
 
 MAX_THREADS: int = config.NUMBA_NUM_THREADS
 
@@ -50,9 +52,12 @@ def _mark_forked() -> None:
 os.register_at_fork(after_in_child=_mark_forked)  # OpenMP aborts in a forked child: stay serial there
 
 
-def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHUNK) -> None:
-    """Call `loop` on pieces that cover [0, size), cut at multiples of `align`, on at most `threads` threads."""
-    pieces = min(threads, MAX_THREADS, size // SERIAL_BELOW)
+def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHUNK, elements: int = 1) -> None:
+    """Call `loop` on pieces that cover [0, size), cut at multiples of `align`, on at most `threads` threads.
+
+    elements: how many elements of the tensor each of the `size` items stands for.
+    """
+    pieces = min(threads, MAX_THREADS, size * elements // SERIAL_BELOW)
     if pieces < 2 or _forked:
         if size:
             loop.serial(0, size, *arguments)
@@ -68,130 +73,265 @@ def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHU
             numba.set_num_threads(before)
 
 
+# --- random words and scales of a chunk -----------------------------------------------------------------------------
+
+
 @scalar
-def fill_words(words, index, count, seed, stream, step):  # type: ignore[no-untyped-def]
+def fill_draws(draws, index, count, seed, stream, step):  # type: ignore[no-untyped-def]
     """Random words of the elements index .. index + count (rounded out to groups of 64); returns where `index` lies."""
     first = index // GROUP
     groups = (index + count + GROUP - 1) // GROUP - first
-    k0, k1 = seed & LOW_WORD, seed >> WORD_BITS
+    k0, k1 = seed & LOW_WORD, seed >> np.uint64(32)
     stream, step = stream & LOW_WORD, step & LOW_WORD
     for g in range(groups):
         counter = np.uint64((first + g) * 16)
-        low, high = counter & LOW_WORD, counter >> WORD_BITS
+        low, high = counter & LOW_WORD, counter >> np.uint64(32)
         base = g * GROUP
         for j in range(16):
             w0, w1, w2, w3 = philox4x32(low | np.uint64(j), high, stream, step, k0, k1)
-            words[base + j] = np.uint32(w0)
-            words[base + 16 + j] = np.uint32(w1)
-            words[base + 32 + j] = np.uint32(w2)
-            words[base + 48 + j] = np.uint32(w3)
+            draws[base + j] = np.uint32(w0)
+            draws[base + 16 + j] = np.uint32(w1)
+            draws[base + 32 + j] = np.uint32(w2)
+            draws[base + 48 + j] = np.uint32(w3)
     return index - first * GROUP
+
+
+@scalar
+def fill_factors(factors, index, count, scales, row_length):  # type: ignore[no-untyped-def]
+    """The scale of each of the elements index .. index + count: rows of `row_length` elements take `scales` in turn.
+
+    Returns whether a multiplication by the inverse is the same as a division, for all of them.
+    """
+    if scales.size == 1:
+        factors[:count] = scales[0]
+        return has_exact_inverse(scales[0])
+    is_exact = row_length > 1
+    filled = 0
+    while filled < count:
+        row = (index + filled) // row_length
+        span = min((row + 1) * row_length - index - filled, count - filled)
+        if row_length == 1:
+            row = row % scales.size
+            span = min(scales.size - row, count - filled)
+            factors[filled : filled + span] = scales[row : row + span]
+        else:
+            factors[filled : filled + span] = scales[row % scales.size]
+            is_exact = is_exact and has_exact_inverse(scales[row % scales.size])
+        filled += span
+    return is_exact
 
 
 @kernel
 def random_words(start, stop, out, offset, seed, stream, step):  # type: ignore[no-untyped-def]
-    words = np.empty(CHUNK + GROUP, np.uint32)
+    draws = np.empty(CHUNK + GROUP, np.uint32)
     for low in range(start, stop, CHUNK):
         count = min(CHUNK, stop - low)
-        skip = fill_words(words, offset + low, count, seed, stream, step)
-        out[low : low + count] = words[skip : skip + count]
+        skip = fill_draws(draws, offset + low, count, seed, stream, step)
+        out[low : low + count] = draws[skip : skip + count]
 
 
-@kernel
-def quantize_nearest_even(start, stop, x, scales, row_length, out, *fields):  # type: ignore[no-untyped-def]
-    p = Parameters(*fields)
-    low = start
-    while low < stop:
-        row = low // row_length
-        high = min(stop, (row + 1) * row_length)
-        scale, source, target = scales[row], x[low:high], out[low:high]
-        for i in range(source.size):
-            v = np.float32(source[i] / scale)
-            pattern, steps = round_nearest_even(v, p)
-            target[i] = finish(pattern, steps, v, p) * scale
-        low = high
-
-
-@kernel
-def encode_nearest_even(start, stop, x, scales, row_length, out, *fields):  # type: ignore[no-untyped-def]
-    p = Parameters(*fields)
-    low = start
-    while low < stop:
-        row = low // row_length
-        high = min(stop, (row + 1) * row_length)
-        scale, source, target = scales[row], x[low:high], out[low:high]
-        for i in range(source.size):
-            v = np.float32(source[i] / scale)
-            pattern, steps = round_nearest_even(v, p)
-            target[i] = code_of(pattern, steps, v, p)
-        low = high
+# --- rounding -------------------------------------------------------------------------------------------------------
 
 
 @scalar
-def quantize_rows(start, stop, x, scales, row_length, out, buffer, p):  # type: ignore[no-untyped-def]
-    low = start
-    while low < stop:
-        row = low // row_length
-        high = min(stop, (row + 1) * row_length)
-        scale, source, target, words = scales[row], x[low:high], out[low:high], buffer[low - start : high - start]
-        for i in range(source.size):
-            v = np.float32(source[i] / scale)
-            pattern, steps = round_stochastic(v, words[i], p)
-            target[i] = finish(pattern, steps, v, p) * scale
-        low = high
-
-
-@kernel
-def quantize_stochastic(start, stop, x, scales, row_length, out, offset, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
-    p = Parameters(*fields)
-    words = np.empty(CHUNK + GROUP, np.uint32)
-    for low in range(start, stop, CHUNK):
-        high = min(low + CHUNK, stop)
-        skip = fill_words(words, offset + low, high - low, seed, stream, step)
-        quantize_rows(low, high, x, scales, row_length, out, words[skip:], p)
+def scaled_back(value, factor):  # type: ignore[no-untyped-def]
+    return value * factor
 
 
 @scalar
-def encode_rows(start, stop, x, scales, row_length, out, buffer, p):  # type: ignore[no-untyped-def]
-    low = start
-    while low < stop:
-        row = low // row_length
-        high = min(stop, (row + 1) * row_length)
-        scale, source, target, words = scales[row], x[low:high], out[low:high], buffer[low - start : high - start]
-        for i in range(source.size):
-            v = np.float32(source[i] / scale)
-            pattern, steps = round_stochastic(v, words[i], p)
-            target[i] = code_of(pattern, steps, v, p)
-        low = high
+def unchanged(code, factor):  # type: ignore[no-untyped-def]
+    return code
 
 
-@kernel
-def encode_stochastic(start, stop, x, scales, row_length, out, offset, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
-    p = Parameters(*fields)
-    words = np.empty(CHUNK + GROUP, np.uint32)
+def _round(start, stop, x, first, scales, row_length, out, offset, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
+    """out = transform(x / scale), rescaled; no scales: no division."""
+    p = PARAMETERS(*fields)  # noqa: F821
+    draws = np.empty(CHUNK + GROUP, np.uint32)
+    factors = np.empty(CHUNK, x.dtype)
+    is_exact = False
     for low in range(start, stop, CHUNK):
         high = min(low + CHUNK, stop)
-        skip = fill_words(words, offset + low, high - low, seed, stream, step)
-        encode_rows(low, high, x, scales, row_length, out, words[skip:], p)
+        skip = 0
+        if DRAWS:  # noqa: F821
+            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+        source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
+        if scales.size == 0:
+            round_plain(source, target, drawn, p)  # noqa: F821
+        else:
+            if scales.size > 1 or low == start:
+                is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
+            round_scaled(source, target, drawn, factors[: high - low], is_exact, p)  # noqa: F821
 
 
-@kernel
-def decode(start, stop, codes, out, *fields):  # type: ignore[no-untyped-def]
-    p = Parameters(*fields)
-    source, target = codes[start:stop], out[start:stop]
+def _round_plain(source, target, drawn, p):  # type: ignore[no-untyped-def]
     for i in range(source.size):
-        target[i] = value_of(source[i], p)
+        target[i] = transform(source[i], drawn[i], p)  # noqa: F821
+
+
+def _round_scaled(source, target, drawn, factors, is_exact, p):  # type: ignore[no-untyped-def]
+    if is_exact:
+        for i in range(source.size):
+            x = source[i] * inverse_power(factors[i])
+            target[i] = rescaled(transform(x, drawn[i], p), factors[i])  # noqa: F821
+    else:
+        for i in range(source.size):
+            target[i] = rescaled(transform(source[i] / factors[i], drawn[i], p), factors[i])  # noqa: F821
+
+
+def _round_blocks(  # type: ignore[no-untyped-def]
+    start, stop, x, length, block_size, tensor_scale, block_fields, scale_fields, out, scale_codes, blocks_a_row,
+    offset, seed, stream, step, *fields,
+):  # fmt: skip
+    """The same with a scale for each block of `block_size` elements, rows of `length` elements starting new blocks.
+
+    scale_codes: the scales' codes in the order of the blocks, nothing where it is empty.
+    """
+    p, b, s = PARAMETERS(*fields), BlockParameters(*block_fields), Parameters(*scale_fields)  # noqa: F821
+    chunk = max(CHUNK, block_size)
+    draws = np.empty(chunk + GROUP, np.uint32)
+    factors = np.empty(chunk, np.float32)
+    low = start
+    while low < stop:
+        high, is_exact = low, True
+        while high < stop:
+            row = high // length
+            end = min(high + block_size, (row + 1) * length, stop)
+            if end - low > chunk:
+                break
+            factor, code = block_scale(largest_pattern(x[high:end]), tensor_scale[0], b, s)
+            factors[high - low : end - low] = factor
+            is_exact = is_exact and has_exact_inverse(factor)
+            if scale_codes.size > 0:
+                scale_codes[row * blocks_a_row + (high - row * length) // block_size] = code
+            high = end
+        skip = 0
+        if DRAWS:  # noqa: F821
+            skip = fill_draws(draws, offset + low, high - low, seed, stream, step)
+        round_scaled(x[low:high], out[low:high], draws[skip : skip + high - low], factors[: high - low], is_exact, p)  # noqa: F821
+        low = high
+
+
+def _round_columns(  # type: ignore[no-untyped-def]
+    start, stop, x, length, inner, block_size, tensor_scale, block_fields, scale_fields, out, scale_codes, blocks_a_row,
+    offset, seed, stream, step, *fields,
+):  # fmt: skip
+    """Blocks along an axis that `inner` elements follow: x is (outer, length, inner), a piece is some (outer, block)."""
+    p, b, s = PARAMETERS(*fields), BlockParameters(*block_fields), Parameters(*scale_fields)  # noqa: F821
+    draws = np.empty(CHUNK + GROUP, np.uint32)
+    factors = np.empty(CHUNK, np.float32)
+    largest = np.empty(CHUNK, np.uint32)
+    for item in range(start, stop):
+        outer, block = item // blocks_a_row, item % blocks_a_row
+        top = outer * length + block * block_size
+        bottom = min(top + block_size, (outer + 1) * length)
+        for left in range(0, inner, CHUNK):
+            width = min(CHUNK, inner - left)
+            largest[:width] = np.uint32(0)
+            for row in range(top, bottom):
+                raise_largest(largest[:width], x[row * inner + left : row * inner + left + width])
+            is_exact = True
+            for i in range(width):
+                factors[i], code = block_scale(largest[i], tensor_scale[0], b, s)
+                is_exact = is_exact and has_exact_inverse(factors[i])
+                if scale_codes.size > 0:
+                    scale_codes[item * inner + left + i] = code
+            for row in range(top, bottom):
+                low = row * inner + left
+                skip = 0
+                if DRAWS:  # noqa: F821
+                    skip = fill_draws(draws, offset + low, width, seed, stream, step)
+                drawn = draws[skip : skip + width]
+                round_scaled(x[low : low + width], out[low : low + width], drawn, factors[:width], is_exact, p)  # noqa: F821
+
+
+@scalar
+def raise_largest(largest, x):  # type: ignore[no-untyped-def]
+    for i in range(x.size):
+        bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
+        largest[i] = bits if bits > largest[i] else largest[i]
 
 
 @kernel
-def prune(start, stop, x, alpha, out, offset, seed, stream, step):  # type: ignore[no-untyped-def]
-    buffer = np.empty(CHUNK + GROUP, np.uint32)
+def largest_numbers(start, stop, x, patterns):  # type: ignore[no-untyped-def]
+    """The bit pattern of the largest |x| of each CHUNK, NaN left out."""
+    for low in range(start, stop, CHUNK):
+        piece = x[low : min(low + CHUNK, stop)]
+        largest = np.uint32(0)
+        for i in range(piece.size):
+            bits = np.uint32(bits_of(piece[i]) & MAGNITUDE)
+            bits = bits if bits <= INFINITY else np.uint32(0)
+            largest = bits if bits > largest else largest
+        patterns[low // CHUNK] = largest
+
+
+@scalar
+def largest_pattern(x):  # type: ignore[no-untyped-def]
+    """The largest of the magnitudes' bit patterns: max|x|, or a NaN. Usual block sizes are loops of known length."""
+    largest = np.uint32(0)
+    if x.size == 32:
+        for i in range(32):
+            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
+            largest = bits if bits > largest else largest
+    elif x.size == 16:
+        for i in range(16):
+            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
+            largest = bits if bits > largest else largest
+    else:
+        for i in range(x.size):
+            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
+            largest = bits if bits > largest else largest
+    return largest
+
+
+def _round_both(  # type: ignore[no-untyped-def]
+    start, stop, x, first, scales, row_length, out, codes, value_fields, offset, seed, stream, step, *fields
+):
+    """codes = transform(x / scale), and out the values of the codes times the scale."""
+    p, v = PARAMETERS(*fields), Parameters(*value_fields)  # noqa: F821
+    draws = np.empty(CHUNK + GROUP, np.uint32)
+    factors = np.ones(CHUNK, x.dtype)
+    is_exact = True
     for low in range(start, stop, CHUNK):
         high = min(low + CHUNK, stop)
-        skip = fill_words(buffer, offset + low, high - low, seed, stream, step)
-        source, target, words = x[low:high], out[low:high], buffer[skip : skip + high - low]
+        skip = 0
+        if DRAWS:  # noqa: F821
+            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+        if scales.size > 1 or (scales.size == 1 and low == start):
+            is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
+        drawn, used = draws[skip : skip + high - low], factors[: high - low]
+        round_scaled(x[low:high], codes[low:high], drawn, used, is_exact, p)  # noqa: F821
+        decode_scaled(codes[low:high], out[low:high], used, v)
+
+
+@scalar
+def decode_scaled(codes, out, factors, v):  # type: ignore[no-untyped-def]
+    for i in range(codes.size):
+        out[i] = value_of(codes[i], v) * factors[i]
+
+
+@kernel
+def decode(start, stop, codes, first, scales, row_length, out, *fields):  # type: ignore[no-untyped-def]
+    p = Parameters(*fields)
+    factors = np.ones(CHUNK, np.float32)
+    for low in range(start, stop, CHUNK):
+        high = min(low + CHUNK, stop)
+        if scales.size > 1 or (scales.size == 1 and low == start):
+            fill_factors(factors, first + low, high - low, scales, row_length)
+        decode_scaled(codes[low:high], out[low:high], factors[: high - low], p)
+
+
+# --- pruning --------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def prune(start, stop, x, first, alpha, out, offset, seed, stream, step):  # type: ignore[no-untyped-def]
+    draws = np.empty(CHUNK + GROUP, np.uint32)
+    for low in range(start, stop, CHUNK):
+        high = min(low + CHUNK, stop)
+        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+        source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
         for i in range(source.size):
-            target[i] = prune_stochastic(source[i], words[i], alpha)
+            target[i] = prune_stochastic(source[i], drawn[i], alpha)
 
 
 @scalar
@@ -200,38 +340,226 @@ def is_alpha(value, alpha):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def prune_quantize_rows(start, stop, x, alpha, scales, row_length, out, buffer, stochastic, p):  # type: ignore[no-untyped-def]
-    nonzeros, alphas = 0, 0
+def tally(value, alpha):  # type: ignore[no-untyped-def]
+    """1 for a nonzero, and 2^16 more for +-alpha: both counts of a chunk in one number a vector lane."""
+    is_nonzero = np.uint32(1) if bits_of(value) != np.uint32(0) else np.uint32(0)
+    return np.uint32(is_nonzero | (ONE_ALPHA if is_alpha(value, alpha) else np.uint32(0)))
+
+
+def _prune_round_rows(source, target, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
+    counts = np.uint32(0)
+    if is_exact:
+        for i in range(source.size):
+            kept = prune_stochastic(source[i], drawn[i], alpha)
+            x = np.float32(kept * inverse_power(factors[i]))
+            value = np.float32(transform(x, drawn[i], p) * factors[i])  # noqa: F821
+            value = kept if is_alpha(kept, alpha) else value
+            target[i] = value
+            counts = np.uint32(counts + tally(value, alpha))
+    else:
+        for i in range(source.size):
+            kept = prune_stochastic(source[i], drawn[i], alpha)
+            value = np.float32(transform(np.float32(kept / factors[i]), drawn[i], p) * factors[i])  # noqa: F821
+            value = kept if is_alpha(kept, alpha) else value
+            target[i] = value
+            counts = np.uint32(counts + tally(value, alpha))
+    return np.int64(counts & np.uint32(ONE_ALPHA - np.uint32(1))), np.int64(counts >> np.uint32(16))
+
+
+def _prune_round(  # type: ignore[no-untyped-def]
+    start, stop, x, first, alpha, scales, row_length, out, nonzeros, alphas, offset, seed, stream, step, *fields
+):
+    """Prune, then round the survivors (+-alpha is never rounded); counts of nonzeros and +-alpha a block of CHUNK."""
+    p = PARAMETERS(*fields)  # noqa: F821
+    draws = np.empty(CHUNK + GROUP, np.uint32)
+    factors = np.ones(CHUNK, np.float32)
+    is_exact = True
     low = start
     while low < stop:
-        row = low // row_length
-        high = min(stop, (row + 1) * row_length)
-        scale, source, target, words = scales[row], x[low:high], out[low:high], buffer[low - start : high - start]
-        row_nonzeros, row_alphas = np.int32(0), np.int32(0)
-        for i in range(source.size):
-            kept = prune_stochastic(source[i], words[i], alpha)
-            v = np.float32(kept / scale)
-            pattern, steps = round_stochastic(v, words[i], p) if stochastic else round_nearest_even(v, p)
-            value = np.float32(finish(pattern, steps, v, p) * scale)
-            value = kept if is_alpha(kept, alpha) and alpha > FLOAT_ZERO else value
-            target[i] = value
-            row_nonzeros = np.int32(row_nonzeros + np.int32(bits_of(value) != 0))
-            row_alphas = np.int32(row_alphas + np.int32(is_alpha(value, alpha)))
-        nonzeros, alphas = nonzeros + row_nonzeros, alphas + row_alphas
+        block = (first + low) // CHUNK
+        high = min((block + 1) * CHUNK - first, stop)
+        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+        if scales.size > 0:
+            is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
+        found = prune_round_rows(  # noqa: F821
+            x[low:high], out[low:high], draws[skip : skip + high - low], factors[: high - low], is_exact, alpha, p
+        )
+        nonzeros[block] += found[0]
+        alphas[block] += found[1]
         low = high
-    return nonzeros, alphas
+
+
+# --- +-alpha in the code points that a format reserves for it --------------------------------------------------------
 
 
 @kernel
-def prune_quantize(  # type: ignore[no-untyped-def]
-    start, stop, x, alpha, scales, row_length, out, nonzeros, alphas, stochastic, offset, seed, stream, step, *fields
-):
-    """Prune, then round the survivors (+-alpha is never rounded); counts of nonzeros and +-alpha a block of CHUNK."""
-    p = Parameters(*fields)
-    words = np.empty(CHUNK + GROUP, np.uint32)
-    for low in range(start, stop, CHUNK):
-        high = min(low + CHUNK, stop)
-        skip = fill_words(words, offset + low, high - low, seed, stream, step)
-        nonzeros[low // CHUNK], alphas[low // CHUNK] = prune_quantize_rows(
-            low, high, x, alpha, scales, row_length, out, words[skip:], stochastic, p
-        )
+def keep_alpha(start, stop, x, alpha, out):  # type: ignore[no-untyped-def]
+    """out = x where |x| = alpha."""
+    source, target = x[start:stop], out[start:stop]
+    for i in range(source.size):
+        target[i] = source[i] if is_alpha(source[i], alpha) else target[i]
+
+
+@kernel
+def encode_alpha(start, stop, x, alpha, codes, positive, negative):  # type: ignore[no-untyped-def]
+    """codes = the code of +-alpha where |x| = alpha."""
+    source, target = x[start:stop], codes[start:stop]
+    for i in range(source.size):
+        code = positive if source[i] > np.float32(0) else negative
+        target[i] = code if is_alpha(source[i], alpha) else target[i]
+
+
+@kernel
+def decode_alpha(start, stop, codes, positive, negative, alpha, out):  # type: ignore[no-untyped-def]
+    """out = +-alpha where the code says so."""
+    source, target = codes[start:stop], out[start:stop]
+    for i in range(source.size):
+        value = alpha if np.uint32(source[i]) == positive else target[i]
+        target[i] = -alpha if np.uint32(source[i]) == negative else value
+
+
+# --- one kernel for each way to round -------------------------------------------------------------------------------
+
+# method: value function, code function, parameters, whether it draws
+_METHODS = {
+    "nearest": (rounding.nearest_value, rounding.nearest_code, Parameters, False),
+    "stochastic": (rounding.stochastic_value, rounding.stochastic_code, Parameters, True),
+    "fast_nearest": (rounding_fast.fast_nearest_value, rounding_fast.fast_nearest_code, FastParameters, False),
+    "fast_stochastic": (rounding_fast.fast_stochastic_value, rounding_fast.fast_stochastic_code, FastParameters, True),
+}
+
+
+def _bound(loop: Any, name: str, **names: Any) -> Any:
+    return scalar(renamed(loop, name, {**globals(), **names}))
+
+
+def _kernels(method: str) -> dict[str, Kernel]:
+    value, code, record, draws = _METHODS[method]
+    kernels = {}
+    bound: dict[str, Any] = {"PARAMETERS": record, "DRAWS": draws}
+    for name, transform, rescaled in (("quantize", value, scaled_back), ("encode", code, unchanged)):
+        bound["round_plain"] = _bound(_round_plain, f"{name}_{method}_plain", transform=transform)
+        bound["round_scaled"] = _bound(_round_scaled, f"{name}_{method}_scaled", transform=transform, rescaled=rescaled)
+        kernels[name] = kernel(_round, f"{name}_{method}", **bound)
+        kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
+        kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
+    kernels["both"] = kernel(_round_both, f"both_{method}", **bound)  # bound to the code function
+    rows = _bound(_prune_round_rows, f"prune_{method}_rows", transform=value)
+    kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", prune_round_rows=rows, **bound)
+    return kernels
+
+
+KERNELS = {method: _kernels(method) for method in _METHODS}
+
+
+# --- launchers: the same names in kernels/cuda.py -------------------------------------------------------------------
+
+
+def _launch(loop: Kernel, x: torch.Tensor, *arguments: Any, size: int | None = None, **cut: int) -> None:
+    views = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+    run(loop, x.numel() if size is None else size, x.numpy(), *views, threads=torch.get_num_threads(), **cut)
+
+
+def round_elements(
+    operation: str, method: str, x: torch.Tensor, first: int, scales: Scales, out: torch.Tensor, key: Key, p: Fields
+) -> None:
+    """operation: "quantize" or "encode"; x, out: flat. scales: None for no division."""
+    _launch(KERNELS[method][operation], x, first, *_table(scales, x.dtype), out, *key, *p)
+
+
+def round_both(
+    method: str,
+    x: torch.Tensor,
+    first: int,
+    scales: Scales,
+    out: torch.Tensor,
+    codes: torch.Tensor,
+    values: Fields,
+    key: Key,
+    p: Fields,
+) -> None:
+    """out: the values, codes: their codes. values: the parameters that `decode` takes."""
+    _launch(KERNELS[method]["both"], x, first, *_table(scales, x.dtype), out, codes, tuple(values), *key, *p)
+
+
+def round_blocks(
+    operation: str,
+    method: str,
+    x: torch.Tensor,
+    layout: Layout,
+    tensor_scale: torch.Tensor,
+    fmt: BlockFormat,
+    out: torch.Tensor,
+    scale_codes: torch.Tensor,
+    key: Key,
+    p: Fields,
+) -> None:
+    """x, out: flat; scale_codes: one a block, or empty where they are not asked for."""
+    fields = tuple(block_scaling.block_parameters(fmt)), tuple(block_scaling.scale_parameters(fmt))
+    size, length, block = fmt.block_size, layout.length, layout.blocks
+    arguments = (tensor_scale, *fields, out, scale_codes, block, *key, *p)
+    if layout.inner == 1:
+        is_cut_anywhere = layout.outer == 1 or length % size == 0
+        align = size * -(-CHUNK // size) if is_cut_anywhere else length
+        _launch(KERNELS[method][f"{operation}_blocks"], x, length, size, *arguments, align=align)
+    else:
+        elements = min(size, length) * layout.inner
+        _launch(
+            KERNELS[method][f"{operation}_columns"], x, length, layout.inner, size, *arguments,
+            size=layout.outer * block, align=1, elements=elements,
+        )  # fmt: skip
+
+
+def largest_number(x: torch.Tensor) -> torch.Tensor:
+    """max|x| of a flat float32 tensor, NaN left out: float32 of shape (1,)."""
+    patterns = np.zeros(max(-(-x.numel() // CHUNK), 1), np.uint32)
+    _launch(largest_numbers, x, patterns)
+    return torch.from_numpy(patterns.max(keepdims=True).view(np.float32))
+
+
+def decode_elements(codes: torch.Tensor, first: int, scales: Scales, out: torch.Tensor, p: Fields) -> None:
+    _launch(decode, codes, first, *_table(scales, torch.float32), out, *p)
+
+
+def prune_elements(x: torch.Tensor, first: int, alpha: np.float32, out: torch.Tensor, key: Key) -> None:
+    _launch(prune, x, first, alpha, out, *key)
+
+
+def prune_round(
+    method: str,
+    x: torch.Tensor,
+    first: int,
+    alpha: np.float32,
+    scales: Scales,
+    out: torch.Tensor,
+    counts: torch.Tensor,
+    key: Key,
+    p: Fields,
+) -> None:
+    """counts: int64 (2, blocks of CHUNK), to which nonzeros and +-alphas are added."""
+    nonzeros, alphas = counts.numpy()
+    arguments = (first, alpha, *_table(scales, x.dtype), out, nonzeros, alphas, *key, *p)
+    align = x.numel() if first % CHUNK else CHUNK  # two threads must not add to one block
+    _launch(KERNELS[method]["prune"], x, *arguments, align=align)
+
+
+def keep_alphas(x: torch.Tensor, alpha: np.float32, out: torch.Tensor) -> None:
+    _launch(keep_alpha, x, alpha, out)
+
+
+def encode_alphas(x: torch.Tensor, alpha: np.float32, codes: torch.Tensor, positive: int, negative: int) -> None:
+    _launch(encode_alpha, x, alpha, codes, np.uint32(positive), np.uint32(negative))
+
+
+def decode_alphas(codes: torch.Tensor, positive: int, negative: int, alpha: np.float32, out: torch.Tensor) -> None:
+    _launch(decode_alpha, codes, np.uint32(positive), np.uint32(negative), alpha, out)
+
+
+def _table(scales: Scales, dtype: torch.dtype) -> tuple[Any, int]:
+    """The scales as the kernels take them: an array, empty for none, and the length of a row."""
+    if scales is None:
+        return _NO_SCALES[dtype], 1
+    return scales.values.to(dtype).numpy(), scales.row_length
+
+
+_NO_SCALES = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}

@@ -55,22 +55,33 @@ def _parallel(arguments, bounds):  # type: ignore[no-untyped-def]
 
 def scalar(function: Callable[..., Any]) -> Any:
     """Compile one scalar function, callable from CPU loops and from CUDA kernels alike."""
-    return numba.njit(function)
+    return numba.njit(function, error_model="numpy")
 
 
-def kernel(loop: Callable[..., None]) -> Kernel:
+def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
     """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk.
 
-    The parallel form finds its loop as a global, not in a closure: numba does not cache closures over functions. It
-    bears the loop's name because numba tells cached functions apart by name, and all parallel forms share their code.
+    bound: what names that the loop uses mean, for loops over several scalar functions; each such kernel has a `name`.
+    The parallel form finds its loop as a global, not in a closure: numba does not cache closures over functions. Every
+    form bears a name of its own because numba tells cached functions apart by name.
     """
+    name = name or loop.__name__
     before = config.CACHE_DIR
     config.CACHE_DIR = CACHE_FOLDER
     try:
-        serial = numba.njit(loop, nogil=True, cache=CACHED)
-        parallel = FunctionType(_parallel.__code__, {"numba": numba, "serial": serial}, f"{loop.__name__}_parallel")
-        parallel.__module__ = loop.__module__
-        parallel.__qualname__ = f"{loop.__module__}.{loop.__qualname__}"
-        return Kernel(serial, numba.njit(parallel, nogil=True, parallel=True, cache=CACHED))
+        options = {"nogil": True, "error_model": "numpy", "cache": CACHED}
+        serial = numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **options)
+        whole = renamed(_parallel, f"{name}_parallel", {"numba": numba, "serial": serial}, loop.__module__)
+        return Kernel(serial, numba.njit(whole, parallel=True, **options))
     finally:
         config.CACHE_DIR = before
+
+
+def renamed(
+    function: Callable[..., Any], name: str, names: dict[str, Any], module: str | None = None
+) -> Callable[..., Any]:
+    """`function` under another name and with other globals."""
+    copy = FunctionType(function.__code__, names, name)
+    copy.__module__ = module or function.__module__
+    copy.__qualname__ = f"{copy.__module__}.{name}"
+    return copy

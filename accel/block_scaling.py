@@ -1,0 +1,105 @@
+"""The scale of a block, from its largest magnitude: scalar functions on bit patterns (see accel/block_formats.py)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from accel.block_formats import SCALE_RULES, BlockFormat
+from accel.kernels.jit import scalar
+from accel.rounding import Parameters, nearest_code, parameters, value_of
+from accel.words import bits_of, float_of, right
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+INFINITY = np.uint32(0x7F800000)
+FRACTION = np.uint32(0x007FFFFF)
+HIDDEN = np.uint32(0x00800000)
+EXPONENT_SHIFT = np.uint32(23)
+BIAS = np.int32(127)
+SUBNORMAL_BIAS = np.int32(127 + 149)
+NO_DRAW = np.uint32(0)
+
+FLOOR, CEIL, EVEN, RCEIL, AMAX = (np.int32(number) for number in range(len(SCALE_RULES)))
+_NUMBERS = dict(zip(SCALE_RULES, (FLOOR, CEIL, EVEN, RCEIL, AMAX), strict=True))
+
+
+class BlockParameters(NamedTuple):
+    """How a block format's scale follows from amax (see `block_parameters`)."""
+
+    rule: np.int32
+    emax: np.int32  # floor(log2(element.max))
+    element_max: np.float32
+    half_unit: np.uint32  # half of the element's last place, in amax's bit pattern
+    lowest: np.int32  # exponents that the scale's format holds, and its bias
+    highest: np.int32
+    bias: np.int32
+    least: np.float32  # least scale of the rule amax
+
+
+@cache
+def block_parameters(fmt: BlockFormat) -> BlockParameters:
+    """The run-time numbers of a block format's scale rule."""
+    element, scale = fmt.element, fmt.scale
+    significand_bits = element.mantissa_bits if element.exponent_bits else element.mantissa_bits - 1
+    return BlockParameters(
+        rule=_NUMBERS[fmt.scale_rule],
+        emax=np.int32(element.max_exponent),
+        element_max=np.float32(element.max),
+        half_unit=np.uint32(1 << (23 - significand_bits) >> 1),
+        lowest=np.int32(-scale.bias),
+        highest=np.int32(scale.max_exponent),
+        bias=np.int32(scale.bias),
+        least=np.float32(scale.min_normal),
+    )
+
+
+@cache
+def scale_parameters(fmt: BlockFormat) -> Parameters:
+    """The scale's own format, as `nearest_code` and `value_of` see it."""
+    return parameters(fmt.scale, wide=fmt.scale.min_exponent < -126)
+
+
+@scalar
+def exponent_and_fraction(bits):  # type: ignore[no-untyped-def]
+    """(e, f) of a positive float32 2^e (1 + f / 2^23), subnormal ones too, by its bit pattern; (128, .) for infinity."""
+    normalised = bits_of(np.float32(np.int32(bits)))  # a subnormal is an integer times 2^-149
+    is_subnormal = bits < HIDDEN
+    pattern = normalised if is_subnormal else bits
+    bias = SUBNORMAL_BIAS if is_subnormal else BIAS
+    return np.int32(np.int32(right(pattern, EXPONENT_SHIFT)) - bias), np.uint32(pattern & FRACTION)
+
+
+@scalar
+def power_of_two_code(amax, b):  # type: ignore[no-untyped-def]
+    """The code of the power-of-two scale of a block whose largest magnitude has the bit pattern `amax` (no NaN)."""
+    bits = amax
+    if b.rule == EVEN and amax < INFINITY:
+        bits = np.uint32(amax + b.half_unit)
+    elif b.rule == RCEIL:
+        bits = bits_of(np.float32(float_of(amax) / b.element_max))
+    exponent, fraction = exponent_and_fraction(bits)
+    if (b.rule == CEIL or b.rule == RCEIL) and fraction != np.uint32(0):
+        exponent = np.int32(exponent + np.int32(1))
+    if b.rule != RCEIL:
+        exponent = np.int32(exponent - b.emax)
+    exponent = b.highest if exponent > b.highest else exponent
+    exponent = b.lowest if exponent < b.lowest or amax == np.uint32(0) else exponent
+    return np.uint32(np.int32(exponent + b.bias))
+
+
+@scalar
+def block_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+    """(scale, its code) of a block whose largest magnitude has the bit pattern `amax`: float32, uint32.
+
+    tensor_scale: 1, or the tensor's own scale. s: the scale format's Parameters.
+    """
+    if amax > INFINITY:
+        return np.float32(np.nan), np.uint32(s.nan_code)
+    if b.rule != AMAX:
+        code = power_of_two_code(amax, b)
+        return np.float32(value_of(code, s)), code
+    wanted = np.float32(np.float32(float_of(amax) / b.element_max) / tensor_scale)
+    code = nearest_code(wanted if wanted > b.least else b.least, NO_DRAW, s)
+    return np.float32(np.float32(value_of(code, s)) * tensor_scale), code
