@@ -421,7 +421,7 @@ def decode_alpha(start, stop, codes, positive, negative, alpha, out):  # type: i
 # --- one kernel for each way to round -------------------------------------------------------------------------------
 
 # method: value function, code function, parameters, whether it draws
-_METHODS = {
+METHODS = {
     "nearest": (rounding.nearest_value, rounding.nearest_code, Parameters, False),
     "stochastic": (rounding.stochastic_value, rounding.stochastic_code, Parameters, True),
     "fast_nearest": (rounding_fast.fast_nearest_value, rounding_fast.fast_nearest_code, FastParameters, False),
@@ -434,7 +434,7 @@ def _bound(loop: Any, name: str, **names: Any) -> Any:
 
 
 def _kernels(method: str) -> dict[str, Kernel]:
-    value, code, record, draws = _METHODS[method]
+    value, code, record, draws = METHODS[method]
     kernels = {}
     bound: dict[str, Any] = {"PARAMETERS": record, "DRAWS": draws}
     for name, transform, rescaled in (("quantize", value, scaled_back), ("encode", code, unchanged)):
@@ -449,7 +449,7 @@ def _kernels(method: str) -> dict[str, Kernel]:
     return kernels
 
 
-KERNELS = {method: _kernels(method) for method in _METHODS}
+KERNELS = {method: _kernels(method) for method in METHODS}
 
 
 # --- launchers: the same names in kernels/cuda.py -------------------------------------------------------------------

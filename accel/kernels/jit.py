@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -66,13 +67,20 @@ def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
     form bears a name of its own because numba tells cached functions apart by name.
     """
     name = name or loop.__name__
-    before = config.CACHE_DIR
-    config.CACHE_DIR = CACHE_FOLDER
-    try:
+    with cache_in(CACHE_FOLDER):
         options = {"nogil": True, "error_model": "numpy", "cache": CACHED}
         serial = numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **options)
         whole = renamed(_parallel, f"{name}_parallel", {"numba": numba, "serial": serial}, loop.__module__)
         return Kernel(serial, numba.njit(whole, parallel=True, **options))
+
+
+@contextmanager
+def cache_in(folder: str) -> Iterator[None]:
+    """What is decorated within caches its compiled forms in `folder`."""
+    before = config.CACHE_DIR
+    config.CACHE_DIR = folder
+    try:
+        yield
     finally:
         config.CACHE_DIR = before
 
