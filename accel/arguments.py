@@ -11,7 +11,7 @@ import torch
 
 from accel.block_formats import BlockFormat
 from accel.formats import Format, nearest
-from accel.kernels.arguments import Key, Scales
+from accel.kernels.arguments import Key, Scales, Table
 from accel.launch import table_of
 from accel.presets import AnyFormat, Spec, format
 from accel.rounding import FLUSHES, OVERFLOWS, ROUNDINGS
@@ -173,17 +173,17 @@ def checked_scales(number: float | None, scales: torch.Tensor | None, x: torch.T
         value = as_float32(number)
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"scale must be positive and finite, also as float32 (got {number!r})")
-        scales = torch.from_numpy(np.full(1, value)).to(x.device)
+        return Table(torch.from_numpy(np.full(1, value)).to(x.device), 1)
     if scales is None:
         return None
     if scales.is_complex() or scales.dtype == torch.bool:
         raise TypeError(f"scale must hold real numbers (got {scales.dtype})")
-    if number is None and scales.numel() and scales.device.type == "cpu":
+    if scales.numel() and scales.device.type == "cpu":
         values = scales.detach().to(torch.float32).numpy()  # NumPy's small operations cost a fraction of torch's
         if not (values.min() > 0 and values.max() < np.inf):
             wrong = torch.from_numpy(~(np.isfinite(values) & (values > 0)))
             raise ValueError(f"scale must be positive and finite, also as float32 (got {float(scales[wrong][0])!r})")
-    return table_of(scales.to(x.device) if number is not None else scales, x.shape)
+    return table_of(scales, x.shape)
 
 
 def check_block(fmt: BlockFormat, x: torch.Tensor, scale: object) -> None:

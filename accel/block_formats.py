@@ -69,8 +69,8 @@ class BlockFormat:
             raise self._wrong(f"element must be a signed format without alpha_codes (got {self.element.name!r})")
         if (self.scale_rule == "amax") == (self.scale.policy == "scale"):
             raise self._wrong(
-                f"scale_rule {self.scale_rule!r} does not go with a scale of policy {self.scale.policy!r}: 'amax' makes "
-                "any number, the other rules powers of two (policy 'scale', such as e8m0fnu)"
+                f"scale_rule {self.scale_rule!r} does not go with a scale of policy {self.scale.policy!r}: 'amax' "
+                "makes any number, the other rules powers of two (policy 'scale', such as e8m0fnu)"
             )
         if self.scale_rule == "amax" and (self.scale.alpha_codes or self.scale.exponent_bits == 0):
             raise self._wrong(f"scale must be a floating-point format without alpha_codes (got {self.scale.name!r})")

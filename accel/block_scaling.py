@@ -63,7 +63,7 @@ def scale_parameters(fmt: BlockFormat) -> Parameters:
 
 @scalar
 def exponent_and_fraction(bits):  # type: ignore[no-untyped-def]
-    """(e, f) of a positive float32 2^e (1 + f / 2^23), subnormal ones too, by its bit pattern; (128, .) for infinity."""
+    """(e, f) of a positive float32 2^e (1 + f / 2^23), also a subnormal one, by its pattern; (128, .) for infinity."""
     normalised = bits_of(np.float32(np.int32(bits)))  # a subnormal is an integer times 2^-149
     is_subnormal = bits < HIDDEN
     pattern = normalised if is_subnormal else bits

@@ -1,8 +1,8 @@
 """From tensors to kernels: which kernel serves a format, and how any tensor becomes flat pieces that kernels take.
 
-Kernels work on flat, contiguous float32 or float64. A tensor that is so already is used where it lies; one that is dense
-in another order of its dimensions (channels_last) is taken in memory order where the order does not matter; any other
-(strided, 16 bits wide) passes through a buffer of PIECE elements, so that no operation takes more memory than its result.
+Kernels work on flat, contiguous float32 or float64. A tensor that is so already is used where it lies; one that is
+dense in another order of its dimensions (channels_last) is taken in memory order where the order does not matter; any
+other (strided, 16 bits wide) passes through a buffer of PIECE elements: no operation takes more memory than its result.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ def pieces(
     in_any_order: bool = False,
     keeps_out: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Flat, contiguous (source of `dtype`, target, number of its first element in row-major order) that cover x and out.
+    """Flat, contiguous (source of `dtype`, target, row-major number of its first element) that cover x and out.
 
-    What is written into a target is in `out` once the next piece is asked for. in_any_order: elements may come in another
-    order than row-major. keeps_out: targets hold what `out` holds.
+    What is written into a target is in `out` once the next piece is asked for. in_any_order: elements may come in
+    another order than row-major. keeps_out: targets hold what `out` holds.
     """
     if x.numel() == 0:
         return
@@ -232,7 +232,8 @@ def dense_order(x: torch.Tensor) -> tuple[int, ...] | None:
     """The order of dimensions in which x is contiguous, None where there is none."""
     if x.is_contiguous():
         return tuple(range(x.ndim))
-    order = tuple(sorted(range(x.ndim), key=lambda d: (-x.stride(d), d)))
+    strides = x.stride()
+    order = tuple(sorted(range(x.ndim), key=lambda d: (-strides[d], d)))
     return order if x.permute(order).is_contiguous() else None
 
 
@@ -266,12 +267,8 @@ def layout_of(shape: tuple[int, ...] | torch.Size, axis: int, fmt: BlockFormat) 
 
 def table_of(scale: torch.Tensor, shape: torch.Size) -> Table:
     """The scales of a tensor of this shape, as rows of equal scale. ValueError where they do not broadcast."""
-    try:
-        torch.broadcast_shapes(scale.shape, shape)
-        full = scale.shape if scale.ndim >= len(shape) else (1,) * (len(shape) - scale.ndim) + tuple(scale.shape)
-        fits = len(full) == len(shape) and all(n in (1, size) for n, size in zip(full, shape, strict=True))
-    except RuntimeError:
-        fits = False
+    full = (1,) * (len(shape) - scale.ndim) + tuple(scale.shape)
+    fits = len(full) == len(shape) and all(n in (1, size) for n, size in zip(full, shape, strict=True))
     if not fits:
         raise ValueError(f"scale of shape {tuple(scale.shape)} does not broadcast to x's shape {tuple(shape)}")
     varying = [d for d, n in enumerate(full) if n > 1]

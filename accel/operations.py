@@ -54,13 +54,15 @@ from accel.rounding import needs_wide, parameters
 Array = TypeVar("Array", torch.Tensor, npt.NDArray[Any])
 AnyArray = torch.Tensor | npt.NDArray[Any]
 
+text_of = torch.compiler.assume_constant_result(to_text)  # torch.compile need not see how a text is made
+
 
 class BlockCodes(NamedTuple):
     """A tensor encoded in a block format.
 
     codes: of the elements, in the tensor's shape (the axis rounded up to whole blocks under padding `zeros`).
-    scales: codes of the blocks' scales, in that shape with the blocks along the axis. tensor_scale: float32, shape (1,),
-    or None. length: elements along the axis before padding.
+    scales: codes of the blocks' scales, in that shape with the blocks along the axis. tensor_scale: float32, shape
+    (1,), or None. length: elements along the axis before padding.
     """
 
     codes: torch.Tensor
@@ -89,16 +91,16 @@ def quantize(
     """s Q(x / s): x rounded once into `fmt`, in x's shape, dtype and device; s is `scale` (None = 1).
 
     x: float32, float64, float16 or bfloat16, any shape and strides. x / s and the product are one IEEE operation each,
-    in float32 (float64 for float64); a result that is narrower is rounded once more where a scale takes it off its grid.
+    in float32 (float64 for float64); a narrower result is rounded once more where a scale takes it off its grid.
     fmt: what `accel.format` takes. A block format finds the scale of each block itself; NVFP4 takes a number as `scale`
     for the tensor's.
-    rounding: `nearest_even`, `nearest_away` (ties away from zero), `toward_zero`, `up`, `down`, or `stochastic` with the
-    word of (seed, stream, step, offset + index) cut to `random_bits` (1 to 32): up with probability
+    rounding: `nearest_even`, `nearest_away` (ties away from zero), `toward_zero`, `up`, `down`, or `stochastic` with
+    the word of (seed, stream, step, offset + index) cut to `random_bits` (1 to 32): up with probability
     floor(f 2^k) / 2^k, f the discarded fraction. Ties between powers of two go to the larger where M = 0 (to the even
     code for policy p3109).
     overflow: `saturate` (beyond the largest number, infinities included, becomes it) or `ieee` (as IEEE 754:
-    `toward_zero`, and `up` / `down` against their direction, stop at the largest number for finite x; else infinity, else
-    NaN, else saturates). flush_subnormals: False, `input`, `output` or True (both) turn subnormals into zero.
+    `toward_zero`, and `up` / `down` against their direction, stop at the largest number for finite x; else infinity,
+    else NaN, else saturates). flush_subnormals: False, `input`, `output` or True (both) turn subnormals into zero.
     NaN stays NaN, signs survive, -0 becomes +0 only where the format has no -0. e8m0: zero and negatives become NaN.
     scale: a positive finite number, or an array of them that broadcasts to x's shape.
     alpha: the value of the alpha codes of a format that has them: +-alpha stays as it is.
@@ -113,9 +115,9 @@ def quantize(
         refuse_sparse(x)
         check_draw_width(random_bits)
         return torch.ops.accel.quantize(
-            x, to_text(fmt), number, scales, alpha, str(rounding), str(overflow), random_bits,
+            x, text_of(fmt), number, scales, alpha, str(rounding), str(overflow), random_bits,
             flush_name(flush_subnormals), signed(seed), stream, step, offset, str(gradient),
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
     tensor, described = checked_tensor(x), format(fmt)
     options = checked_options(rounding, overflow, random_bits, flush_subnormals)
     target = torch.empty_like(tensor) if out is None else checked_out(out, tensor)
@@ -210,7 +212,7 @@ def decode(
     scale: Scale = None,
     alpha: float | None = None,
 ) -> Any:
-    """The float32 values of integer `codes` (uint8, uint16, uint32 or any integer dtype), in their shape, times `scale`.
+    """The float32 values of `codes` (uint8, uint16, uint32 or any integer dtype), in their shape, times `scale`.
 
     codes: BlockCodes for a block format. alpha: the value of the alpha codes of a format that has them.
     Raises TypeError for codes that are not integers, ValueError for a code outside 0 .. 2^bits - 1.
@@ -259,7 +261,7 @@ def prune(
     threshold = as_number(alpha)
     if isinstance(x, torch.Tensor) and out is None:
         refuse_sparse(x)
-        return torch.ops.accel.prune(refuse_double(x), threshold, signed(seed), stream, step, offset)  # type: ignore[no-any-return]
+        return torch.ops.accel.prune(refuse_double(x), threshold, signed(seed), stream, step, offset)
     tensor = refuse_double(checked_tensor(x))
     target = torch.empty_like(tensor) if out is None else checked_out(out, tensor)
     key = key_of(seed, stream, step, offset)
@@ -299,7 +301,7 @@ def prune_quantize(
         refuse_sparse(x)
         check_draw_width(random_bits)
         result, counts = torch.ops.accel.prune_quantize(
-            x, threshold, to_text(fmt), number, scales, str(rounding), str(overflow), random_bits,
+            x, threshold, text_of(fmt), number, scales, str(rounding), str(overflow), random_bits,
             flush_name(flush_subnormals), signed(seed), stream, step, offset, str(gradient),
         )  # fmt: skip
     else:
@@ -366,19 +368,20 @@ def _checked_codes(codes: torch.Tensor, fmt: Format) -> torch.Tensor:
         if bool(wrong.any()):
             first = int(wrong.nonzero()[0])
             raise ValueError(
-                f"codes holds {int(wide[first])} at flat index {first}; {fmt.name!r} has codes 0 to {(1 << fmt.bits) - 1}"
+                f"codes holds {int(wide[first])} at flat index {first}; {fmt.name!r} has codes 0 to "
+                f"{(1 << fmt.bits) - 1}"
             )
     return codes if codes.dtype in unsigned else codes.to(torch.uint32)
 
 
 def as_number(alpha: Any) -> float:
-    """alpha as a float, NaN (which is refused later) for what is not one number."""
+    """alpha as a float. ValueError for what is not one number."""
     try:
-        return float("nan") if isinstance(alpha, bool | str | bytes) else float(alpha)
+        if not isinstance(alpha, bool | str | bytes):
+            return float(alpha)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(
-            f"alpha must be one number, finite and not negative, also as float32 (got {alpha!r})"
-        ) from None
+        pass
+    raise ValueError(f"alpha must be one number, finite and not negative, also as float32 (got {alpha!r})")
 
 
 def signed(seed: int) -> int:

@@ -38,14 +38,14 @@ from accel.kernels.arguments import Key
 from accel.kernels.cpu import CHUNK
 from accel.presets import format
 
-_FLUSHES = {"none": False, "both": True, "input": "input", "output": "output"}
+_FLUSHES: dict[str, bool | str] = {"none": False, "both": True, "input": "input", "output": "output"}
 _FLUSH_NAMES = {value: name for name, value in _FLUSHES.items()}
 
 
 def flush_name(flush_subnormals: object) -> str:
     """flush_subnormals as the operators take it; unknown values as they are, to be refused."""
     is_known = isinstance(flush_subnormals, bool | str) and flush_subnormals in _FLUSH_NAMES
-    return _FLUSH_NAMES[flush_subnormals] if is_known else str(flush_subnormals)  # type: ignore[index]
+    return _FLUSH_NAMES[flush_subnormals] if is_known else str(flush_subnormals)
 
 
 # --- into a given tensor --------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def tensor_scale(x: Tensor, fmt: BlockFormat, given: float | None) -> Tensor:
         assert table is not None
         return table.values
     largest = launch.largest_number(x).clamp(max=LARGEST)
-    scale = (largest / np.float32(fmt.element.max * fmt.scale.max)).clamp(min=2.0**-126)
+    scale = (largest / (fmt.element.max * fmt.scale.max)).clamp(min=2.0**-126)
     return torch.where(largest > 0, scale, 1.0)
 
 
@@ -143,7 +143,8 @@ _library.define(
 
 
 def _options(rounding: str, overflow: str, random_bits: int, flush_subnormals: str) -> Options:
-    return checked_options(rounding, overflow, random_bits, _FLUSHES.get(flush_subnormals, flush_subnormals))
+    flush = _FLUSHES.get(flush_subnormals, flush_subnormals)
+    return checked_options(rounding, overflow, random_bits, flush)
 
 
 def _check_gradient(gradient: str, fmt: Format | BlockFormat) -> None:

@@ -55,7 +55,8 @@ _BLOCKS = (
 )
 
 # Names as ml_dtypes, OCP, NVIDIA and torch write them.
-PRESETS: dict[str, AnyFormat] = {preset.name: preset for preset in (*_SCALARS, *_BLOCKS)}
+_ALL: tuple[AnyFormat, ...] = (*_SCALARS, *_BLOCKS)
+PRESETS = {preset.name: preset for preset in _ALL}
 ALIASES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "e8m23": "fp32", "e8m10": "tf32", "e8m7": "bf16"}
 ALIASES |= {"e5m10": "fp16", "e2m1fn": "e2m1", "e2m3fn": "e2m3", "e3m2fn": "e3m2", "e8m0": "e8m0fnu"}
 ALIASES |= {"mxfp8": "mxfp8_e4m3fn", "mxfp6": "mxfp6_e3m2", "mxfp4_e2m1": "mxfp4"}

@@ -16,8 +16,8 @@ def encode_values(
 ) -> npt.NDArray[np.uint32]:
     """The code whose value times scale is nearest to each x: uint32 of x's shape.
 
-    `decode_values` of the code is x itself, or x is not a value of scale * grid(fmt). +-alpha (0 for none) has the alpha
-    codes of a format that has them.
+    `decode_values` of the code is x itself, or x is not a value of scale * grid(fmt). +-alpha (0 for none) has the
+    alpha codes of a format that has them.
     """
     quotients = torch.from_numpy(x.astype(np.float64) / np.float64(scale))
     codes = torch.empty(quotients.shape, dtype=torch.uint32)

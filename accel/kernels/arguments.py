@@ -18,7 +18,7 @@ class Key(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Scales of rows: each `row_length` elements have one of the `values` (float32, flat), taken in turn, cyclically."""
+    """Scales of rows: each `row_length` elements have one of the `values` (float32, flat), taken in turn."""
 
     values: torch.Tensor
     row_length: int

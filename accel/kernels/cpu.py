@@ -215,7 +215,7 @@ def _round_columns(  # type: ignore[no-untyped-def]
     start, stop, x, length, inner, block_size, tensor_scale, block_fields, scale_fields, out, scale_codes, blocks_a_row,
     offset, seed, stream, step, *fields,
 ):  # fmt: skip
-    """Blocks along an axis that `inner` elements follow: x is (outer, length, inner), a piece is some (outer, block)."""
+    """Blocks along an axis that `inner` elements follow: x is (outer, length, inner), an item is (outer, block)."""
     p, b, s = PARAMETERS(*fields), BlockParameters(*block_fields), Parameters(*scale_fields)  # noqa: F821
     draws = np.empty(CHUNK + GROUP, np.uint32)
     factors = np.empty(CHUNK, np.float32)

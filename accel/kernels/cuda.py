@@ -162,7 +162,7 @@ def _prune_round(x, first, alpha, scales, row_length, out, counts, offset, seed,
             i = group * GROUP + lane * 16 + j - start
             if 0 <= i < x.size:
                 draw = drawn[lane]
-                kept = np.float32(prune_stochastic(x[i], draw, alpha))  # a scalar function returns a Python float in the simulator
+                kept = np.float32(prune_stochastic(x[i], draw, alpha))
                 if scales.size == 0:
                     value = np.float32(transform(kept, draw, p))  # noqa: F821
                 else:
@@ -203,8 +203,7 @@ def decode_alpha(codes, positive, negative, alpha, out):  # type: ignore[no-unty
 def _loops() -> dict[str, Any]:
     """Every kernel as a Python function, by name."""
     loops: dict[str, Any] = {
-        loop.__name__: loop
-        for loop in (largest_numbers, decode, prune, keep_alpha, encode_alpha, decode_alpha)
+        loop.__name__: loop for loop in (largest_numbers, decode, prune, keep_alpha, encode_alpha, decode_alpha)
     }
     for method, (value, code, record, draws) in METHODS.items():
         bound: dict[str, Any] = {**globals(), "PARAMETERS": record, "DRAWS": draws}

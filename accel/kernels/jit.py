@@ -68,7 +68,7 @@ def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
     """
     name = name or loop.__name__
     with cache_in(CACHE_FOLDER):
-        options = {"nogil": True, "error_model": "numpy", "cache": CACHED}
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": CACHED}
         serial = numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **options)
         whole = renamed(_parallel, f"{name}_parallel", {"numba": numba, "serial": serial}, loop.__module__)
         return Kernel(serial, numba.njit(whole, parallel=True, **options))
