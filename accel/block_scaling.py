@@ -10,7 +10,7 @@ import numpy as np
 from accel.block_formats import SCALE_RULES, BlockFormat
 from accel.kernels.jit import scalar
 from accel.rounding import Parameters, nearest_code, parameters, value_of
-from accel.words import bits_of, float_of, right
+from accel.words import bits_of, float_of, left, right
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 INFINITY = np.uint32(0x7F800000)
@@ -20,6 +20,8 @@ EXPONENT_SHIFT = np.uint32(23)
 BIAS = np.int32(127)
 SUBNORMAL_BIAS = np.int32(127 + 149)
 NO_DRAW = np.uint32(0)
+NONE, ONE = np.int32(0), np.int32(1)
+LEAST_NORMAL = np.int32(-126)
 
 FLOOR, CEIL, EVEN, RCEIL, AMAX = (np.int32(number) for number in range(len(SCALE_RULES)))
 _NUMBERS = dict(zip(SCALE_RULES, (FLOOR, CEIL, EVEN, RCEIL, AMAX), strict=True))
@@ -36,6 +38,7 @@ class BlockParameters(NamedTuple):
     highest: np.int32
     bias: np.int32
     least: np.float32  # least scale of the rule amax
+    nan_code: np.uint32
 
 
 @cache
@@ -52,6 +55,7 @@ def block_parameters(fmt: BlockFormat) -> BlockParameters:
         highest=np.int32(scale.max_exponent),
         bias=np.int32(scale.bias),
         least=np.float32(scale.min_normal),
+        nan_code=np.uint32(scale.nan_code or 0),
     )
 
 
@@ -72,34 +76,42 @@ def exponent_and_fraction(bits):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def power_of_two_code(amax, b):  # type: ignore[no-untyped-def]
-    """The code of the power-of-two scale of a block whose largest magnitude has the bit pattern `amax` (no NaN)."""
-    bits = amax
-    if b.rule == EVEN and amax < INFINITY:
-        bits = np.uint32(amax + b.half_unit)
-    elif b.rule == RCEIL:
-        bits = bits_of(np.float32(float_of(amax) / b.element_max))
-    exponent, fraction = exponent_and_fraction(bits)
-    if (b.rule == CEIL or b.rule == RCEIL) and fraction != np.uint32(0):
-        exponent = np.int32(exponent + np.int32(1))
-    if b.rule != RCEIL:
-        exponent = np.int32(exponent - b.emax)
+def power_of_two_scale(amax, b):  # type: ignore[no-untyped-def]
+    """(scale, its code) of a block whose largest magnitude has the bit pattern `amax`, for the power-of-two rules."""
+    rounded = np.uint32(amax + (b.half_unit if (b.rule == EVEN) & (amax < INFINITY) else np.uint32(0)))
+    quotient = bits_of(np.float32(float_of(amax) / b.element_max))
+    exponent, fraction = exponent_and_fraction(quotient if b.rule == RCEIL else rounded)
+    is_ceiling = (b.rule == CEIL) | (b.rule == RCEIL)
+    exponent = np.int32(exponent + (ONE if is_ceiling & (fraction != np.uint32(0)) else NONE))
+    exponent = np.int32(exponent - (NONE if b.rule == RCEIL else b.emax))
     exponent = b.highest if exponent > b.highest else exponent
-    exponent = b.lowest if exponent < b.lowest or amax == np.uint32(0) else exponent
-    return np.uint32(np.int32(exponent + b.bias))
+    exponent = b.lowest if (exponent < b.lowest) | (amax == np.uint32(0)) else exponent
+    is_nan = amax > INFINITY
+    code = b.nan_code if is_nan else np.uint32(np.int32(exponent + b.bias))
+    return np.float32(np.nan) if is_nan else power_of_two(exponent), code
+
+
+@scalar
+def power_of_two(exponent):  # type: ignore[no-untyped-def]
+    """2^exponent for -149 <= exponent <= 127, as float32."""
+    normal = left(np.uint32(np.int32(exponent + BIAS)), EXPONENT_SHIFT)
+    subnormal = left(np.uint32(1), np.uint32(np.int32(exponent + np.int32(149))))
+    return float_of(normal if exponent >= LEAST_NORMAL else subnormal)
+
+
+@scalar
+def amax_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+    """The same for the rule `amax`. tensor_scale: 1, or the tensor's own scale; s: the scale format's Parameters."""
+    wanted = np.float32(np.float32(float_of(amax) / b.element_max) / tensor_scale)
+    code = nearest_code(wanted if wanted > b.least else b.least, NO_DRAW, s)
+    is_nan = amax > INFINITY
+    scale = np.float32(np.float32(value_of(code, s)) * tensor_scale)
+    return np.float32(np.nan) if is_nan else scale, b.nan_code if is_nan else code
 
 
 @scalar
 def block_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
-    """(scale, its code) of a block whose largest magnitude has the bit pattern `amax`: float32, uint32.
-
-    tensor_scale: 1, or the tensor's own scale. s: the scale format's Parameters.
-    """
-    if amax > INFINITY:
-        return np.float32(np.nan), np.uint32(s.nan_code)
-    if b.rule != AMAX:
-        code = power_of_two_code(amax, b)
-        return np.float32(value_of(code, s)), code
-    wanted = np.float32(np.float32(float_of(amax) / b.element_max) / tensor_scale)
-    code = nearest_code(wanted if wanted > b.least else b.least, NO_DRAW, s)
-    return np.float32(np.float32(value_of(code, s)) * tensor_scale), code
+    """(scale, its code) by a block format's rule: float32, uint32."""
+    if b.rule == AMAX:
+        return amax_scale(amax, tensor_scale, b, s)
+    return power_of_two_scale(amax, b)

@@ -20,7 +20,7 @@ from accel.formats import Format
 from accel.kernels import cpu
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.rounding import needs_wide, parameters
-from accel.rounding_fast import fast_parameters, is_fast
+from accel.rounding_fast import fast_parameters, integer_parameters, is_fast, is_fast_integer
 
 PIECE = 1 << 18  # a multiple of the kernels' chunk
 NO_KEY = Key(0, np.uint64(0), np.uint64(0), np.uint64(0))
@@ -47,6 +47,8 @@ def method_of(
     kind = "stochastic" if rounding == "stochastic" else "nearest"
     if dtype == torch.float32 and is_fast(fmt, rounding, flush_subnormals):
         return f"fast_{kind}", fast_parameters(fmt, overflow, random_bits)
+    if dtype == torch.float32 and is_fast_integer(fmt, rounding):
+        return "fast_integer", integer_parameters(fmt)
     wide = dtype == torch.float64 or needs_wide(fmt)
     return kind, parameters(fmt, rounding, overflow, random_bits, flush_subnormals, wide)
 

@@ -44,8 +44,9 @@ _FLUSH_NAMES = {value: name for name, value in _FLUSHES.items()}
 
 def flush_name(flush_subnormals: object) -> str:
     """flush_subnormals as the operators take it; unknown values as they are, to be refused."""
-    is_known = isinstance(flush_subnormals, bool | str) and flush_subnormals in _FLUSH_NAMES
-    return _FLUSH_NAMES[flush_subnormals] if is_known else str(flush_subnormals)
+    if isinstance(flush_subnormals, bool | str) and flush_subnormals in _FLUSH_NAMES:
+        return _FLUSH_NAMES[flush_subnormals]
+    return str(flush_subnormals)
 
 
 # --- into a given tensor --------------------------------------------------------------------------------------------

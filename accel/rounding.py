@@ -125,7 +125,8 @@ def parameters(
     ties_up = rounding == "nearest_away"
     powers_up = fmt.mantissa_bits == 0 and not even_powers
 
-    last_negative = fmt.max_code + 1 if fmt.policy == "integer" else fmt.max_code if fmt.signed else 0
+    is_twos_complement = fmt.policy == "integer" and fmt.signed
+    last_negative = fmt.max_code + is_twos_complement if fmt.signed else 0
     nan_mark = every >> 1
     infinite = fmt.infinity_code if fmt.infinity_code is not None else nan_mark if fmt.has_nan else None
     beyond = {}
@@ -141,7 +142,6 @@ def parameters(
     flush_input = has_subnormals and flush_subnormals in (True, "input")
     flush_output = has_subnormals and flush_subnormals in (True, "output")
     absent = every
-    is_twos_complement = fmt.policy == "integer" and fmt.signed
     return Parameters(
         one=word(1),
         sign=word(1 << (width - 1)),

@@ -1,4 +1,4 @@
-"""Nearest-even and stochastic rounding of float32 into ordinary formats: the results of `rounding`, in half the steps.
+"""Nearest-even and stochastic rounding of float32 into common formats: the results of `rounding`, in half the steps.
 
 Ordinary are signed floating-point formats whose normal numbers float32 has too (`is_fast`). A rounding function returns
 the magnitude in two forms, one for normal and one for subnormal results; `finish` makes the value of them and `code_of`
@@ -8,6 +8,9 @@ Nearest-even: a normal result adds half a unit to the bit pattern and truncates 
 ``|x| + magic``, with ``magic = 2^(min_exponent + 23 - M)``, whose unit in the last place is the smallest number.
 Stochastic: the draw is added to the discarded bits; for a subnormal result |x| is counted in steps of the smallest
 number, exactly, and the first 32 bits of the fraction are the discarded ones.
+
+Integers (policy `integer`, to nearest even) have a form of their own: x, limited to the format's range, plus
+``magic = 1.5 * 2^23`` steps is the integer in its last bits, in two's complement.
 """
 
 from __future__ import annotations
@@ -55,6 +58,28 @@ class FastParameters(NamedTuple):
     max_code: np.uint32
     overflow_code: np.uint32  # what replaces a code beyond max_code
     nan_code: np.uint32
+
+
+class IntegerParameters(NamedTuple):
+    """An integer format as the scalar functions see it (see `integer_parameters`)."""
+
+    low: np.float32  # the format's range
+    high: np.float32
+    magic: np.float32  # 1.5 * 2^23 steps
+    code_mask: np.uint32
+
+
+def is_fast_integer(fmt: Format, rounding: str) -> bool:
+    """Whether the integer functions round float32 values into `fmt` in this mode."""
+    is_in_range = -126 <= fmt.min_exponent - fmt.mantissa_bits <= 127 - 24
+    return fmt.policy == "integer" and rounding == "nearest_even" and fmt.mantissa_bits <= 21 and is_in_range
+
+
+@cache
+def integer_parameters(fmt: Format) -> IntegerParameters:
+    """The run-time numbers of an integer format."""
+    magic = np.float32(1.5 * 2**23 * fmt.min_subnormal)
+    return IntegerParameters(np.float32(fmt.min), np.float32(fmt.max), magic, np.uint32((1 << fmt.bits) - 1))
 
 
 def is_fast(fmt: Format, rounding: str, flush_subnormals: bool | str) -> bool:
@@ -178,3 +203,21 @@ def fast_nearest_code(x, draw, p):  # type: ignore[no-untyped-def]
 def fast_stochastic_code(x, draw, p):  # type: ignore[no-untyped-def]
     pattern, steps = round_stochastic(x, draw, p)
     return code_of(pattern, steps, x, p)
+
+
+@scalar
+def shifted_integer(x, p):  # type: ignore[no-untyped-def]
+    """x, limited and rounded, plus magic."""
+    limited = p.low if x < p.low else x
+    limited = p.high if limited > p.high else limited
+    return np.float32(limited + p.magic)
+
+
+@scalar
+def fast_integer_value(x, draw, p):  # type: ignore[no-untyped-def]
+    return np.float32(shifted_integer(x, p) - p.magic)
+
+
+@scalar
+def fast_integer_code(x, draw, p):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(bits_of(shifted_integer(x, p)) - bits_of(p.magic)) & p.code_mask)

@@ -21,12 +21,12 @@ import torch
 
 from accel import block_scaling, rounding, rounding_fast
 from accel.block_formats import BlockFormat
-from accel.block_scaling import BlockParameters, block_scale
+from accel.block_scaling import AMAX, BlockParameters, amax_scale, power_of_two_scale
 from accel.kernels.arguments import Fields, Key, Layout, Scales
 from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
 from accel.random import LOW_WORD, philox4x32
 from accel.rounding import Parameters, prune_stochastic, value_of
-from accel.rounding_fast import FastParameters
+from accel.rounding_fast import FastParameters, IntegerParameters
 from accel.words import bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
@@ -36,7 +36,13 @@ SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more t
 MAGNITUDE = rounding.MAGNITUDE_32
 INFINITY = block_scaling.INFINITY
 NO_DRAW = block_scaling.NO_DRAW
+UNSIGNED_ONE = np.uint64(1)
 ONE_ALPHA = np.uint32(1 << 16)
+
+# Where parameters of several kinds follow one another: a parallel loop takes no tuple but its last, flat one.
+VALUE_FIELDS = len(Parameters._fields)
+BLOCK_FIELDS = len(BlockParameters._fields)
+ELEMENT_FIELDS = BLOCK_FIELDS + VALUE_FIELDS
 
 MAX_THREADS: int = config.NUMBA_NUM_THREADS
 
@@ -179,47 +185,98 @@ def _round_scaled(source, target, drawn, factors, is_exact, p):  # type: ignore[
 
 
 def _round_blocks(  # type: ignore[no-untyped-def]
-    start, stop, x, length, block_size, tensor_scale, block_fields, scale_fields, out, scale_codes, blocks_a_row,
+    start, stop, x, length, block_size, tensor_scale, out, scale_codes, blocks_a_row,
     offset, seed, stream, step, *fields,
 ):  # fmt: skip
     """The same with a scale for each block of `block_size` elements, rows of `length` elements starting new blocks.
 
     scale_codes: the scales' codes in the order of the blocks, nothing where it is empty.
     """
-    p, b, s = PARAMETERS(*fields), BlockParameters(*block_fields), Parameters(*scale_fields)  # noqa: F821
+    b, s = BlockParameters(*fields[:BLOCK_FIELDS]), Parameters(*fields[BLOCK_FIELDS:ELEMENT_FIELDS])
+    p = PARAMETERS(*fields[ELEMENT_FIELDS:])  # noqa: F821
     chunk = max(CHUNK, block_size)
-    draws = np.empty(chunk + GROUP, np.uint32)
-    factors = np.empty(chunk, np.float32)
+    draws, factors = np.empty(chunk + GROUP, np.uint32), np.empty(chunk, np.float32)
+    fold_a, fold_b = np.empty(chunk, np.uint32), np.empty(chunk, np.uint32)
+    largest, codes, scales = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.float32)
+    period = block_size if length % block_size == 0 else length  # after which blocks begin anew
     low = start
+    block = start // length * blocks_a_row + start % length // block_size
     while low < stop:
-        high, is_exact = low, True
-        while high < stop:
-            row = high // length
-            end = min(high + block_size, (row + 1) * length, stop)
-            if end - low > chunk:
-                break
-            factor, code = block_scale(largest_pattern(x[high:end]), tensor_scale[0], b, s)
-            factors[high - low : end - low] = factor
-            is_exact = is_exact and has_exact_inverse(factor)
-            if scale_codes.size > 0:
-                scale_codes[row * blocks_a_row + (high - row * length) // block_size] = code
-            high = end
+        rest = stop - low if period == block_size else min(stop - low, period - low % period)
+        size = min(block_size, rest)
+        blocks = min(rest // size, chunk // size)
+        high = low + blocks * size
+        largest_of_blocks(x[low:high], size, largest[:blocks], fold_a, fold_b)
+        is_exact = scale_blocks(largest[:blocks], scales, codes, tensor_scale[0], b, s)
+        for k in range(blocks):
+            factors[k * size : (k + 1) * size] = scales[k]
+        if scale_codes.size > 0:
+            for k in range(blocks):
+                scale_codes[block + k] = codes[k]
         skip = 0
         if DRAWS:  # noqa: F821
             skip = fill_draws(draws, offset + low, high - low, seed, stream, step)
-        round_scaled(x[low:high], out[low:high], draws[skip : skip + high - low], factors[: high - low], is_exact, p)  # noqa: F821
-        low = high
+        drawn = draws[skip : skip + high - low]
+        round_scaled(x[low:high], out[low:high], drawn, factors[: high - low], is_exact, p)  # noqa: F821
+        low, block = high, block + blocks
+
+
+@scalar
+def largest_of_blocks(x, size, largest, fold_a, fold_b):  # type: ignore[no-untyped-def]
+    """The largest magnitude pattern (a NaN's is largest) of each block of `size` elements.
+
+    Halved as long as the size is even, in flat loops over all blocks: a loop over one block would not vectorise, nor
+    would these with signed indices, which numba would have to test for being negative.
+    """
+    count = x.size
+    if size % 2 == 0:
+        size, count = size // 2, count // 2
+        for i in range(np.uint64(count)):
+            one, other = x[i + i], x[i + i + UNSIGNED_ONE]
+            one, other = np.uint32(bits_of(one) & MAGNITUDE), np.uint32(bits_of(other) & MAGNITUDE)
+            fold_a[i] = one if one > other else other
+    else:
+        for i in range(count):
+            fold_a[i] = np.uint32(bits_of(x[i]) & MAGNITUDE)
+    folded, free = fold_a, fold_b
+    while size % 2 == 0:
+        size, count = size // 2, count // 2
+        for i in range(np.uint64(count)):
+            one, other = folded[i + i], folded[i + i + UNSIGNED_ONE]
+            free[i] = one if one > other else other
+        folded, free = free, folded
+    for k in range(largest.size):
+        largest[k] = folded[k * size]
+    for j in range(1, size):
+        for k in range(largest.size):
+            bits = folded[k * size + j]
+            largest[k] = bits if bits > largest[k] else largest[k]
+
+
+@scalar
+def scale_blocks(largest, scales, codes, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+    """Scales and their codes from the largest patterns of blocks; returns whether all scales have exact inverses."""
+    if b.rule == AMAX:
+        for i in range(largest.size):
+            scales[i], codes[i] = amax_scale(largest[i], tensor_scale, b, s)
+        return False
+    inexact = np.uint32(0)
+    for i in range(largest.size):
+        scales[i], codes[i] = power_of_two_scale(largest[i], b)
+        inexact = np.uint32(inexact | (np.uint32(0) if has_exact_inverse(scales[i]) else np.uint32(1)))
+    return inexact == np.uint32(0)
 
 
 def _round_columns(  # type: ignore[no-untyped-def]
-    start, stop, x, length, inner, block_size, tensor_scale, block_fields, scale_fields, out, scale_codes, blocks_a_row,
+    start, stop, x, length, inner, block_size, tensor_scale, out, scale_codes, blocks_a_row,
     offset, seed, stream, step, *fields,
 ):  # fmt: skip
     """Blocks along an axis that `inner` elements follow: x is (outer, length, inner), an item is (outer, block)."""
-    p, b, s = PARAMETERS(*fields), BlockParameters(*block_fields), Parameters(*scale_fields)  # noqa: F821
+    b, s = BlockParameters(*fields[:BLOCK_FIELDS]), Parameters(*fields[BLOCK_FIELDS:ELEMENT_FIELDS])
+    p = PARAMETERS(*fields[ELEMENT_FIELDS:])  # noqa: F821
     draws = np.empty(CHUNK + GROUP, np.uint32)
     factors = np.empty(CHUNK, np.float32)
-    largest = np.empty(CHUNK, np.uint32)
+    largest, codes = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
     for item in range(start, stop):
         outer, block = item // blocks_a_row, item % blocks_a_row
         top = outer * length + block * block_size
@@ -229,12 +286,10 @@ def _round_columns(  # type: ignore[no-untyped-def]
             largest[:width] = np.uint32(0)
             for row in range(top, bottom):
                 raise_largest(largest[:width], x[row * inner + left : row * inner + left + width])
-            is_exact = True
-            for i in range(width):
-                factors[i], code = block_scale(largest[i], tensor_scale[0], b, s)
-                is_exact = is_exact and has_exact_inverse(factors[i])
-                if scale_codes.size > 0:
-                    scale_codes[item * inner + left + i] = code
+            is_exact = scale_blocks(largest[:width], factors, codes, tensor_scale[0], b, s)
+            if scale_codes.size > 0:
+                for i in range(width):
+                    scale_codes[item * inner + left + i] = codes[i]
             for row in range(top, bottom):
                 low = row * inner + left
                 skip = 0
@@ -252,42 +307,25 @@ def raise_largest(largest, x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def largest_numbers(start, stop, x, patterns):  # type: ignore[no-untyped-def]
-    """The bit pattern of the largest |x| of each CHUNK, NaN left out."""
+def largest_numbers(start, stop, x, pattern):  # type: ignore[no-untyped-def]
+    """The bit pattern of the largest |x| of a piece, at the number of its first CHUNK; NaN left out."""
+    lanes = np.empty(CHUNK, np.uint32)
     for low in range(start, stop, CHUNK):
         piece = x[low : min(low + CHUNK, stop)]
-        largest = np.uint32(0)
+        if low == start:
+            lanes[:] = np.uint32(0)
         for i in range(piece.size):
             bits = np.uint32(bits_of(piece[i]) & MAGNITUDE)
             bits = bits if bits <= INFINITY else np.uint32(0)
-            largest = bits if bits > largest else largest
-        patterns[low // CHUNK] = largest
-
-
-@scalar
-def largest_pattern(x):  # type: ignore[no-untyped-def]
-    """The largest of the magnitudes' bit patterns: max|x|, or a NaN. Usual block sizes are loops of known length."""
-    largest = np.uint32(0)
-    if x.size == 32:
-        for i in range(32):
-            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
-            largest = bits if bits > largest else largest
-    elif x.size == 16:
-        for i in range(16):
-            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
-            largest = bits if bits > largest else largest
-    else:
-        for i in range(x.size):
-            bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
-            largest = bits if bits > largest else largest
-    return largest
+            lanes[i] = bits if bits > lanes[i] else lanes[i]
+    pattern[start // CHUNK] = lanes.max()
 
 
 def _round_both(  # type: ignore[no-untyped-def]
-    start, stop, x, first, scales, row_length, out, codes, value_fields, offset, seed, stream, step, *fields
+    start, stop, x, first, scales, row_length, out, codes, offset, seed, stream, step, *fields
 ):
     """codes = transform(x / scale), and out the values of the codes times the scale."""
-    p, v = PARAMETERS(*fields), Parameters(*value_fields)  # noqa: F821
+    v, p = Parameters(*fields[:VALUE_FIELDS]), PARAMETERS(*fields[VALUE_FIELDS:])  # noqa: F821
     draws = np.empty(CHUNK + GROUP, np.uint32)
     factors = np.ones(CHUNK, x.dtype)
     is_exact = True
@@ -426,6 +464,7 @@ METHODS = {
     "stochastic": (rounding.stochastic_value, rounding.stochastic_code, Parameters, True),
     "fast_nearest": (rounding_fast.fast_nearest_value, rounding_fast.fast_nearest_code, FastParameters, False),
     "fast_stochastic": (rounding_fast.fast_stochastic_value, rounding_fast.fast_stochastic_code, FastParameters, True),
+    "fast_integer": (rounding_fast.fast_integer_value, rounding_fast.fast_integer_code, IntegerParameters, False),
 }
 
 
@@ -479,7 +518,7 @@ def round_both(
     p: Fields,
 ) -> None:
     """out: the values, codes: their codes. values: the parameters that `decode` takes."""
-    _launch(KERNELS[method]["both"], x, first, *_table(scales, x.dtype), out, codes, tuple(values), *key, *p)
+    _launch(KERNELS[method]["both"], x, first, *_table(scales, x.dtype), out, codes, *key, *values, *p)
 
 
 def round_blocks(
@@ -495,9 +534,9 @@ def round_blocks(
     p: Fields,
 ) -> None:
     """x, out: flat; scale_codes: one a block, or empty where they are not asked for."""
-    fields = tuple(block_scaling.block_parameters(fmt)), tuple(block_scaling.scale_parameters(fmt))
+    fields = *block_scaling.block_parameters(fmt), *block_scaling.scale_parameters(fmt), *p
     size, length, block = fmt.block_size, layout.length, layout.blocks
-    arguments = (tensor_scale, *fields, out, scale_codes, block, *key, *p)
+    arguments = (tensor_scale, out, scale_codes, block, *key, *fields)
     if layout.inner == 1:
         is_cut_anywhere = layout.outer == 1 or length % size == 0
         align = size * -(-CHUNK // size) if is_cut_anywhere else length

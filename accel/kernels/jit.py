@@ -40,6 +40,7 @@ def _is_writable(folder: str) -> bool:
 CACHE_FOLDER = _cache_folder()
 CACHED = _is_writable(CACHE_FOLDER)  # elsewhere numba would cache beside the sources, where no digest tells stale bits
 config: Any = numba.core.config  # has no type stubs
+config.PARFOR_MAX_TUPLE_SIZE = 256  # the parameters of a block format, its scale's and its elements' go in one tuple
 
 
 class Kernel(NamedTuple):
