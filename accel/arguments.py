@@ -190,12 +190,12 @@ def check_block(fmt: BlockFormat, x: torch.Tensor, scale: object) -> None:
     """Errors for a tensor or scale that a block format does not take."""
     if x.dtype == torch.float64:
         raise TypeError(f"x must be float32, float16 or bfloat16 for the block format {fmt.name!r} (got {x.dtype})")
-    if not -max(x.ndim, 1) <= fmt.axis < max(x.ndim, 1):
-        raise ValueError(f"format {fmt.name!r}: axis {fmt.axis} is out of range for x of shape {tuple(x.shape)}")
-    length = x.shape[fmt.axis] if x.ndim else 1
+    if not -max(x.ndim, 1) <= fmt.dim < max(x.ndim, 1):
+        raise ValueError(f"format {fmt.name!r}: axis {fmt.dim} is out of range for x of shape {tuple(x.shape)}")
+    length = x.shape[fmt.dim] if x.ndim else 1
     if fmt.padding == "refuse" and length % fmt.block_size:
         raise ValueError(
-            f"format {fmt.name!r}: axis {fmt.axis} of x has {length} elements, no multiple of block_size "
+            f"format {fmt.name!r}: axis {fmt.dim} of x has {length} elements, no multiple of block_size "
             f"{fmt.block_size} (padding 'short' or 'zeros' takes it)"
         )
     if scale is not None and not (fmt.tensor_scale and isinstance(scale, int | float)):

@@ -1,6 +1,6 @@
 """Block formats: neighbouring elements share one scale, as in OCP MX v1.0, NVFP4 and block floating point.
 
-Along one axis, every `block_size` elements x_i of a tensor are stored as one scale s and elements Q(x_i / s). How s
+Along one axis (the last, unless the format names another), every `block_size` elements x_i of a tensor are stored as one scale s and elements Q(x_i / s). How s
 follows from the block's largest magnitude (amax) is the `scale_rule`; exponents are taken from bit fields, never from a
 logarithm:
 
@@ -40,6 +40,7 @@ MAX_BLOCK_SIZE = 1 << 20
 class BlockFormat:
     """Elements of one scalar format that share a scale of another, `block_size` of them along `axis`.
 
+    axis: None leaves it open: the last axis here, the channels of a layer's tensors in emulated training.
     tensor_scale: a further float32 scale for the whole tensor, amax(x) / (element.max * scale.max), so that the blocks'
     scales fill their format (NVFP4). padding: what becomes of a last block that is not full.
     Raises ValueError, naming the format and the key, for what cannot be.
@@ -50,15 +51,15 @@ class BlockFormat:
     scale: Format
     block_size: int
     scale_rule: str = "floor"
-    axis: int = -1
+    axis: int | None = None
     tensor_scale: bool = False
     padding: str = "short"
 
     def __post_init__(self) -> None:
         if type(self.block_size) is not int or not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise self._wrong(f"block_size must be an integer from 1 to {MAX_BLOCK_SIZE} (got {self.block_size!r})")
-        if type(self.axis) is not int:
-            raise self._wrong(f"axis must be an integer (got {self.axis!r})")
+        if self.axis is not None and type(self.axis) is not int:
+            raise self._wrong(f"axis must be an integer or null (got {self.axis!r})")
         if type(self.tensor_scale) is not bool:
             raise self._wrong(f"tensor_scale must be true or false (got {self.tensor_scale!r})")
         for key, allowed in (("scale_rule", SCALE_RULES), ("padding", PADDINGS)):
@@ -90,9 +91,14 @@ class BlockFormat:
         """Width of an element's code with its share of a full block's scale."""
         return self.element.bits + self.scale.bits / self.block_size
 
+    @property
+    def dim(self) -> int:
+        """The axis, the last where it is open."""
+        return -1 if self.axis is None else self.axis
+
     def block_count(self, shape: tuple[int, ...]) -> int:
         """How many blocks a tensor of this shape has."""
-        length = shape[self.axis] if shape else 1
+        length = shape[self.dim] if shape else 1
         rows = 1
         for size in shape:
             rows *= size

@@ -97,7 +97,7 @@ def round_blocks_into(
     A tensor that is not dense in an order that puts the blocks' axis last is copied first.
     """
     name, fields = method
-    axis = fmt.axis % max(x.ndim, 1)
+    axis = fmt.dim % max(x.ndim, 1)
     order = dense_order(x)
     is_direct = x.dtype == torch.float32 and out.dtype in (torch.float32, torch.uint8, torch.uint16, torch.uint32)
     no_scales_wanted = scale_codes.numel() == 0

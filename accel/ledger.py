@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from accel.block_formats import BlockFormat
 from accel.codecs import CODECS, BlockCounts, Counts, footprint, footprint_of_blocks
 from accel.formats import Format
 
@@ -86,6 +87,32 @@ def stored_encoded(
         fmt.name, codec, fmt.bits, total.numel, total.nonzeros, total.alphas, bits,
         footprints[codec].tag_entropy_bits, order0, others,
     )  # fmt: skip
+
+
+def stored_blocks(counts: BlockCounts, codec: str, fmt: BlockFormat, shape: tuple[int, ...]) -> Stored:
+    """A tensor in a block format: the elements' codes under `codec`, and the blocks' scales as metadata.
+
+    Under padding `zeros` the zeros that fill the last blocks are stored too. The codes' entropy is not counted.
+    """
+    elements = stored_encoded(counts, codec, fmt.element, shape)
+    blocks = fmt.block_count(shape)
+    zeros = blocks * fmt.block_size - counts.numel if fmt.padding == "zeros" else 0
+    bits = dict(elements.bits_by_part)
+    bits["metadata"] += blocks * fmt.scale.bits
+    for part, zero_bits in _bits_of_a_zero(codec, fmt.element).items():
+        bits[part] += zeros * zero_bits
+    others = {
+        name: other + blocks * fmt.scale.bits + zeros * sum(_bits_of_a_zero(name, fmt.element).values())
+        for name, other in elements.other_codecs_bits.items()
+    }
+    entropy = None if elements.tag_entropy_bits is None else elements.tag_entropy_bits + blocks * fmt.scale.bits
+    return replace(elements, format=fmt.name, bits_by_part=bits, tag_entropy_bits=entropy, other_codecs_bits=others)
+
+
+def _bits_of_a_zero(codec: str, fmt: Format) -> dict[str, int]:
+    """What a zero takes in each part of a codec's stream."""
+    streams = [stream for stream in CODECS[codec].streams if stream.count == "numel"]
+    return {stream.part: stream.bits or fmt.bits for stream in streams}
 
 
 def stored_plain(numel: int, nonzeros: int | None = None) -> Stored:

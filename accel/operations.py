@@ -140,7 +140,7 @@ def encode(
     flush_subnormals: bool | str = False,
     alpha: float | None = None,
     out: Array | None = None,
-) -> Array | BlockCodes:
+) -> Any:
     """The integer codes of Q(x / s), in x's shape: uint8 for formats up to 8 bits, uint16 up to 16, else uint32.
 
     Arguments as for `quantize`; out: a tensor of that integer dtype. A code holds the sign in its first bit, then the
@@ -321,13 +321,13 @@ def _encode_blocks(x: torch.Tensor, fmt: BlockFormat, options: Any, scale: objec
     check_block(fmt, x, scale)
     if not fmt.scale.has_nan:
         refuse_nan(x, fmt.scale)
-    length = x.shape[fmt.axis] if x.ndim else 1
+    length = x.shape[fmt.dim] if x.ndim else 1
     missing = -length % fmt.block_size
     if fmt.padding == "zeros" and missing and x.ndim:
-        x = pad(x, [0, 0] * (x.ndim - 1 - fmt.axis % x.ndim) + [0, missing])
+        x = pad(x, [0, 0] * (x.ndim - 1 - fmt.dim % x.ndim) + [0, missing])
     codes = torch.empty(x.shape, dtype=code_dtype(fmt.element), device=x.device)
     shape = list(x.shape) or [1]
-    shape[fmt.axis] = -(-shape[fmt.axis] // fmt.block_size)
+    shape[fmt.dim] = -(-shape[fmt.dim] // fmt.block_size)
     scales = torch.empty(shape, dtype=code_dtype(fmt.scale), device=x.device)
     whole = tensor_scale(x, fmt, scale if isinstance(scale, int | float) else None)
     method = launch.method_of(fmt.element, *options)
@@ -342,11 +342,11 @@ def _decode_blocks(blocks: BlockCodes, fmt: BlockFormat) -> torch.Tensor:
     if blocks.tensor_scale is not None:
         factors = factors * blocks.tensor_scale
     if shape:
-        factors = factors.repeat_interleave(fmt.block_size, fmt.axis).narrow(fmt.axis, 0, shape[fmt.axis])
+        factors = factors.repeat_interleave(fmt.block_size, fmt.dim).narrow(fmt.dim, 0, shape[fmt.dim])
     values = torch.empty(shape, dtype=torch.float32, device=blocks.codes.device)
     table = Table(factors.reshape(-1), 1) if factors.numel() else None
     launch.decode_into(_checked_codes(blocks.codes, fmt.element), values, table, _decoding(fmt.element))
-    return values.narrow(fmt.axis, 0, blocks.length) if shape else values
+    return values.narrow(fmt.dim, 0, blocks.length) if shape else values
 
 
 # --- small parts ----------------------------------------------------------------------------------------------------

@@ -33,8 +33,10 @@ from fpsim.layers import (
     FLOAT32,
     NORMS,
     LayerSpec,
+    along,
     channel_dim,
     format_of,
+    input_dim,
     layer_specs,
     matrix_layers,
     output_dim,
@@ -212,10 +214,12 @@ class Emulator:
             self._check_call(name, spec, x)
             self._ran.add(name)
             rounded_x = self._rounded_input(name, spec, x, channel_dim(module, x))
-            rounded_weight = self._rounded_weight(name, spec, weight, output_dim(module))
+            rounded_weight = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
             if self._recording:
-                x_stored = self._stored(x, rounded_x, spec.activations, channel_dim(module, x))
-                w_stored = self._stored(weight, rounded_weight, spec.weights, output_dim(module))
+                dims = channel_dim(module, x), channel_dim(module, x)
+                x_stored = self._stored(x, rounded_x, spec.activations, *dims)
+                dims = output_dim(module), input_dim(module)
+                w_stored = self._stored(weight, rounded_weight, spec.weights, *dims)
                 self._recorder.layer(name, x, x_stored, weight, w_stored)
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
@@ -313,37 +317,49 @@ class Emulator:
         known = self._rounded_inputs.get(key)
         if known is None or known[0]() is not x or known[1] != x._version:
             forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
-            known = forget, x._version, self._round(x, spec.activations, stream, channel_dim)
+            known = forget, x._version, self._round(x, spec.activations, stream, channel_dim, channel_dim)
             self._rounded_inputs[key] = known
         return _StraightThrough.apply(x, known[2]) if x.requires_grad else known[2]
 
-    def _rounded_weight(self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int) -> Tensor:
+    def _rounded_weight(
+        self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int, input_dim: int
+    ) -> Tensor:
         """W as the hardware holds it: rounded once a step, however often the layer runs."""
         if spec.weights is None:
             return weight
         known = self._rounded_weights.get(name)
         if known is None or known[:2] != (weight.data_ptr(), weight._version):
-            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim)
+            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
             known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, rounded)
         return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2]
 
-    def _round(self, x: Tensor, spec: TensorSpec, stream: str, channel_dim: int) -> Tensor:
-        fmt = format_of(spec)
-        dim = channel_dim if spec.granularity == "channel" else None
+    def _round(self, x: Tensor, spec: TensorSpec, stream: str, scale_dim: int, block_dim: int) -> Tensor:
+        """x rounded; scales a channel go along scale_dim, the blocks of a block format along block_dim."""
+        fmt = along(format_of(spec), block_dim)
+        dim = scale_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
-            return accel.quantize(
-                x, fmt, rounding=spec.rounding, overflow=spec.overflow, scale=scale, **self._words(stream)
-            )
+            return accel.quantize(x, fmt, scale=scale, **_rounding(spec), **self._words(stream))
 
     def _scale(
-        self, x: Tensor, spec: TensorSpec, fmt: accel.Format, dim: int | None, what: str, drawn: Tensor | None = None
+        self,
+        x: Tensor,
+        spec: TensorSpec,
+        fmt: accel.Format | accel.BlockFormat,
+        dim: int | None,
+        what: str,
+        drawn: Tensor | None = None,
     ) -> Scale:
-        """The scale of x; `drawn` is its `sample`, where one is at hand. Raises NonFiniteError for an x that is not."""
+        """The scale of x, None for a block format; `drawn` is its `sample`, where one is at hand.
+
+        Raises NonFiniteError for an x that is not finite.
+        """
         amax = largest_magnitude(x, dim)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
             layer, role = what.split("/")[:2]
             raise NonFiniteError(role, layer, self.step_number)
+        if isinstance(fmt, accel.BlockFormat):
+            return None
         return scale_of(x if drawn is None or dim is not None else drawn, fmt, spec.scale, amax, dim)
 
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
@@ -352,24 +368,21 @@ class Emulator:
                 plain = stored_plain(dy.numel())
                 self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
             return dy
-        fmt = format_of(role)
+        fmt = along(format_of(role), call.channel_dim)
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
             drawn = sample(dy)
             scale = self._scale(dy, role, fmt, dim, call.stream, drawn)
             if role.pruning is None:
-                rounded = accel.quantize(
-                    dy, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale, **self._words(call.stream)
-                )
+                rounded = accel.quantize(dy, fmt, scale=scale, **_rounding(role), **self._words(call.stream))
                 alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
             else:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
-                alpha = float(np.float32(alpha)) if role.codec == "alpha" else _snap(alpha, fmt, scale)
+                alpha = float(np.float32(alpha)) if _keeps_alpha(role, fmt) else _snap(alpha, fmt, scale)
                 rounded, counts = accel.prune_quantize(
-                    dy, alpha, fmt, rounding=role.rounding, overflow=role.overflow, scale=scale,
-                    **self._words(call.stream),
-                )  # fmt: skip
+                    dy, alpha, fmt, scale=scale, **_rounding(role), **self._words(call.stream)
+                )
                 self._count_sparsity(pruning, counts.total)
         if call.micro_batch is not None and counts is not None:
             stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
@@ -387,12 +400,15 @@ class Emulator:
             raise RunError(f"random streams {name!r} and {self._streams[stream]!r} collide: rename one of the layers")
         return {"seed": self.seed, "stream": stream, "step": self.step_number}
 
-    def _stored(self, x: Tensor, rounded: Tensor, spec: TensorSpec | None, dim: int) -> Stored:
+    def _stored(self, x: Tensor, rounded: Tensor, spec: TensorSpec | None, scale_dim: int, block_dim: int) -> Stored:
         if spec is None:
             return stored_plain(x.numel())
-        fmt, values, scaled_dim = format_of(spec), rounded.detach(), dim if spec.granularity == "channel" else None
-        with torch.no_grad():
-            scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), scaled_dim), scaled_dim)
+        fmt, values = along(format_of(spec), block_dim), rounded.detach()
+        dim = scale_dim if spec.granularity == "channel" else None
+        scale = None
+        if isinstance(fmt, accel.Format):
+            with torch.no_grad():
+                scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), dim), dim)
         return stored_tensor(values, accel.count_blocks(values), spec, fmt, scale)
 
 
@@ -408,14 +424,30 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+def _rounding(spec: TensorSpec) -> dict[str, Any]:
+    """How the values of a tensor are rounded, as `accel.quantize` takes it."""
+    return {
+        "rounding": spec.rounding,
+        "overflow": spec.overflow,
+        "random_bits": spec.random_bits,
+        "flush_subnormals": spec.flush_subnormals,
+    }
+
+
+def _keeps_alpha(spec: GradientSpec, fmt: accel.Format | accel.BlockFormat) -> bool:
+    """Whether +-alpha need not lie on the format's grid: the codec tags it, or the format has codes for it."""
+    return spec.codec == "alpha" or (isinstance(fmt, accel.Format) and fmt.alpha_codes)
+
+
 def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return arguments[0] if arguments else next(iter(named.values()))
 
 
-def _snap(alpha: float, fmt: accel.Format, scale: Scale) -> float:
+def _snap(alpha: float, fmt: accel.Format | accel.BlockFormat, scale: Scale) -> float:
     """The value of the (scaled) format nearest to alpha, never 0 for a positive alpha."""
     if alpha == 0:
         return 0.0
+    assert isinstance(fmt, accel.Format)  # pruning in a block format goes with codec alpha
     unit = 1.0 if scale is None else float(scale)
     snapped = float(accel.quantize(torch.tensor(alpha), fmt, scale=unit))
     return snapped if snapped > 0 else float(torch.tensor(fmt.min_subnormal) * unit)

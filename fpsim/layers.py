@@ -5,27 +5,21 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import accel
-from fpsim.config.schema import Emulation, FormatSpec, GradientSpec, TensorSpec
+from fpsim.config.schema import Emulation, GradientSpec, TensorSpec, number_format
 
 OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-@cache
-def _described(spec: str | FormatSpec) -> accel.Format:
-    return accel.format(spec if isinstance(spec, str) else spec.model_dump())
-
-
-def format_of(spec: TensorSpec) -> accel.Format:
+def format_of(spec: TensorSpec) -> accel.Format | accel.BlockFormat:
     """The number format of a tensor specification."""
-    return _described(spec.format)
+    return number_format(spec.format)
 
 
 class PatternError(ValueError):
@@ -123,6 +117,16 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
 def output_dim(module: nn.Module) -> int:
     """The dimension of a layer's weight that counts its outputs."""
     return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def input_dim(module: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its inputs."""
+    return 1 - output_dim(module)
+
+
+def along(fmt: accel.Format | accel.BlockFormat, dim: int) -> accel.Format | accel.BlockFormat:
+    """A format for one tensor: blocks whose axis is open go along `dim`."""
+    return replace(fmt, axis=dim) if isinstance(fmt, accel.BlockFormat) and fmt.axis is None else fmt
 
 
 def _no_match(pattern: str, layers: dict[str, nn.Module]) -> str:

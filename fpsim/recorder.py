@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accel
-from accel.ledger import Ledger, Stored, stored_encoded, stored_plain
+from accel.ledger import Ledger, Stored, stored_blocks, stored_encoded, stored_plain
 from fpsim.config.schema import TensorSpec
 
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
@@ -169,9 +169,16 @@ class _AddendWatcher(TorchDispatchMode):
 
 
 def stored_tensor(
-    x: Tensor, counts: accel.BlockCounts, spec: TensorSpec, fmt: accel.Format, scale: Scale, alpha: float = 0.0
+    x: Tensor,
+    counts: accel.BlockCounts,
+    spec: TensorSpec,
+    fmt: accel.Format | accel.BlockFormat,
+    scale: Scale,
+    alpha: float = 0.0,
 ) -> Stored:
     """A tensor rounded into `fmt` (times `scale`), with its +-alpha, in the ledger's terms."""
+    if isinstance(fmt, accel.BlockFormat):
+        return stored_blocks(counts, spec.codec, fmt, tuple(x.shape))
     scales = scale.numel() if isinstance(scale, Tensor) else 1
     histogram = code_histogram(x, fmt, scale, alpha)
     return stored_encoded(counts, spec.codec, fmt, tuple(x.shape), histogram=histogram, scales=scales)
