@@ -1,8 +1,8 @@
 """Block formats: neighbouring elements share one scale, as in OCP MX v1.0, NVFP4 and block floating point.
 
-Along one axis (the last, unless the format names another), every `block_size` elements x_i of a tensor are stored as one scale s and elements Q(x_i / s). How s
-follows from the block's largest magnitude (amax) is the `scale_rule`; exponents are taken from bit fields, never from a
-logarithm:
+Along one axis (the last, unless the format names another), every `block_size` elements x_i of a tensor are stored as
+one scale s and elements Q(x_i / s). How s follows from the block's largest magnitude (amax) is the `scale_rule`;
+exponents are taken from bit fields, never from a logarithm:
 
     floor   2^(floor(log2 amax) - emax)      OCP MX v1.0, section 6.3; emax = floor(log2(element.max))
     ceil    2^(ceil(log2 amax) - emax)
@@ -73,8 +73,12 @@ class BlockFormat:
                 f"scale_rule {self.scale_rule!r} does not go with a scale of policy {self.scale.policy!r}: 'amax' "
                 "makes any number, the other rules powers of two (policy 'scale', such as e8m0fnu)"
             )
-        if self.scale_rule == "amax" and (self.scale.alpha_codes or self.scale.exponent_bits == 0):
-            raise self._wrong(f"scale must be a floating-point format without alpha_codes (got {self.scale.name!r})")
+        is_usual = not self.scale.alpha_codes and self.scale.exponent_bits and self.scale.min_exponent >= -126
+        if self.scale_rule == "amax" and not is_usual:
+            raise self._wrong(
+                "scale must be a floating-point format without alpha_codes whose normal numbers begin at 2^-126 or "
+                f"above (got {self.scale.name!r})"
+            )
         if self.tensor_scale and self.scale_rule != "amax":
             raise self._wrong(f"tensor_scale goes with scale_rule 'amax' alone (got {self.scale_rule!r})")
 

@@ -61,8 +61,8 @@ def block_parameters(fmt: BlockFormat) -> BlockParameters:
 
 @cache
 def scale_parameters(fmt: BlockFormat) -> Parameters:
-    """The scale's own format, as `nearest_code` and `value_of` see it."""
-    return parameters(fmt.scale, wide=fmt.scale.min_exponent < -126)
+    """The scale's own format, as `amax_scale` rounds into it."""
+    return parameters(fmt.scale)
 
 
 @scalar

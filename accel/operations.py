@@ -311,7 +311,7 @@ def prune_quantize(
         key = key_of(seed, stream, step, offset)
         counts = prune_quantize_into(tensor, target, threshold, described, options, number, scales, key)
         result = _like(target, x) if out is None else out
-    return result, BlockCounts.of(counts, x.size if isinstance(x, np.ndarray) else x.numel(), CHUNK)
+    return result, BlockCounts(counts, x.size if isinstance(x, np.ndarray) else x.numel(), CHUNK)
 
 
 # --- block formats --------------------------------------------------------------------------------------------------

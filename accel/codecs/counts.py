@@ -45,20 +45,25 @@ class Counts:
         return self.nonzeros - self.alphas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockCounts:
-    """The counts of each block of `block` elements (the last may be shorter): int64 arrays of shape (blocks,)."""
+    """The counts of each block of `block` elements (the last may be shorter).
 
-    nonzeros: npt.NDArray[np.int64] = field(repr=False)
-    alphas: npt.NDArray[np.int64] = field(repr=False)
+    counts: int64 of shape (2, blocks), nonzeros and +-alphas, on the device of the tensor that was counted: reading
+    them is what waits for a GPU.
+    """
+
+    counts: torch.Tensor = field(repr=False)
     numel: int
     block: int = BLOCK
 
-    @classmethod
-    def of(cls, counts: torch.Tensor, numel: int, block: int) -> BlockCounts:
-        """The counts that a kernel left in an int64 tensor (2, blocks): nonzeros and +-alphas."""
-        nonzeros, alphas = counts.cpu().numpy()
-        return cls(nonzeros, alphas, numel, block)
+    @property
+    def nonzeros(self) -> npt.NDArray[np.int64]:
+        return self.counts[0].cpu().numpy()
+
+    @property
+    def alphas(self) -> npt.NDArray[np.int64]:
+        return self.counts[1].cpu().numpy()
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -80,10 +85,10 @@ def count_blocks(
     words = as_float32(x).reshape(-1).view(np.int32)
     block, tagged = checked_block(block), checked_alpha(alpha)
     alpha_word = np.int32(0) if tagged is None else tagged.view(np.int32)
-    nonzeros, alphas = np.zeros((2, block_count(words.size, block)), np.int64)
-    arguments = (words, alpha_word, block, nonzeros, alphas)
+    counts = np.zeros((2, block_count(words.size, block)), np.int64)
+    arguments = (words, alpha_word, block, counts[0], counts[1])
     cpu.run(_count_blocks, words.size, *arguments, threads=torch.get_num_threads(), align=block)
-    return BlockCounts(nonzeros, alphas, words.size, block)
+    return BlockCounts(torch.from_numpy(counts), words.size, block)
 
 
 def block_count(numel: int, block: int) -> int:

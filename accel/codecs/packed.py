@@ -23,7 +23,7 @@ from accel.codecs.bits import crc32c, read_fields, write_fields
 from accel.codecs.codec import BLOCK, Codec, CodecError, Stream, Symbols, Tag
 from accel.codecs.counts import block_count
 from accel.codecs.registry import find_codec
-from accel.codecs.values import decode_values, encode_values
+from accel.codecs.values import NO_ALPHA, decode_values, encode_values
 from accel.formats import Format
 
 MAGIC = b"FPSM"
@@ -32,7 +32,7 @@ PREFIX = struct.Struct("<4sHI")  # magic, version, CRC-32C of everything after i
 # exponent bits, mantissa bits, bias, flags, dimensions, block, scale, alpha, metadata bytes, payload bytes
 FIELDS = struct.Struct("<BBhBBIffQQ")
 OFFSET_BYTES = 4
-NO_ALPHA = np.float32(0)
+
 MAX_BODY_BYTES = (1 << 32) - 1
 MAX_NUMEL = (1 << 61) - 1  # float32 elements that 63-bit byte counts reach
 

@@ -10,9 +10,11 @@ from accel import launch
 from accel.formats import Format
 from accel.rounding import needs_wide, parameters
 
+NO_ALPHA = np.float32(0)
+
 
 def encode_values(
-    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32
+    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32 = NO_ALPHA
 ) -> npt.NDArray[np.uint32]:
     """The code whose value times scale is nearest to each x: uint32 of x's shape.
 
@@ -30,7 +32,7 @@ def encode_values(
 
 
 def decode_values(
-    codes: npt.NDArray[np.uint32], fmt: Format, scale: np.float32, alpha: np.float32
+    codes: npt.NDArray[np.uint32], fmt: Format, scale: np.float32, alpha: np.float32 = NO_ALPHA
 ) -> npt.NDArray[np.float32]:
     """The value of each code times scale, one float32 product, alpha codes apart: float32 of codes' shape."""
     flat = torch.from_numpy(np.ascontiguousarray(codes).reshape(-1))

@@ -25,8 +25,10 @@ from accel.codecs import (
 )
 from accel.codecs.bits import crc32c, read_fields, write_fields
 from accel.codecs.values import decode_values, encode_values
-from accel.formats import POLICIES, PRESETS, Format, format
+from accel.formats import POLICIES, Format
+from accel.presets import format, formats
 
+SCALARS = [fmt for fmt in formats() if isinstance(fmt, Format)]
 CUSTOM: dict[str, object] = {
     "exponent_bits": 5,
     "mantissa_bits": 6,
@@ -164,7 +166,7 @@ def test_fields_are_one_little_endian_integer(bits: int) -> None:
     np.testing.assert_array_equal(read_fields(np.frombuffer(data, np.uint8), bits, 101), fields)
 
 
-@pytest.mark.parametrize("fmt", [f for f in PRESETS.values() if f.bits <= 16] + [format(CUSTOM)], ids=lambda f: f.name)
+@pytest.mark.parametrize("fmt", [f for f in [*SCALARS, format(CUSTOM)] if f.bits <= 16], ids=lambda f: f.name)
 def test_codes_match_the_table_of_the_format(fmt: Format) -> None:
     codes = np.arange(1 << fmt.bits, dtype=np.uint32)
     table = fmt.codes()
@@ -507,6 +509,32 @@ def test_a_small_stream_cannot_ask_for_much_memory() -> None:
 
 
 def test_every_policy_survives_the_header() -> None:
-    for policy in POLICIES:
-        fmt = Format("any", 4, 3, 7, policy)
+    fields: dict[str, dict[str, object]] = {"scale": {"exponent_bits": 8, "mantissa_bits": 0}}
+    fields["integer"] = {"exponent_bits": 0, "mantissa_bits": 7}
+    usual = {"exponent_bits": 4, "mantissa_bits": 3}
+    described = [{**fields.get(policy, usual), "policy": policy} for policy in POLICIES]
+    more = [
+        {"policy": "ieee", "subnormals": False},
+        {"policy": "fn", "signed": False},
+        {"policy": "fn", "alpha_codes": True},
+    ]
+    for spec in [*described, *({**usual, **one} for one in more)]:
+        fmt = format(spec)
         assert Packed.from_bytes(pack(np.ones(3, np.float32), "dense", fmt).to_bytes()).header.fmt == fmt
+
+
+def test_alpha_codes_keep_alpha_in_a_dense_stream() -> None:
+    """+-alpha off the grid, in the code points that the format reserves: eight bits an element, nothing lost."""
+    fmt = format({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fn", "alpha_codes": True})
+    x = torch.tensor([0.0, 0.7, -0.7, 1.0, 448.0, -0.0, 0.6875])
+    for codec in ("dense", "bitmask", "alpha"):
+        packed = pack(x, codec, fmt, alpha=0.7)
+        assert torch.equal(unpack(Packed.from_bytes(packed.to_bytes())), x)
+    assert pack(x, "dense", fmt, alpha=0.7).bits_by_part["payload"] == 8 * x.numel()
+    with pytest.raises(CodecError, match="element 1"):
+        pack(x, "dense", fmt)
+
+
+def test_block_formats_are_refused_by_name() -> None:
+    with pytest.raises(CodecError, match="a stream holds codes of a scalar format .got the block format 'mxfp4'"):
+        pack(torch.ones(3), "dense", "mxfp4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def test_strides_do_not_matter(operation: Callable[..., Any], layout: Callable[[
     given = layout(x)
     result = operation(given)
     assert torch.equal(result, expected)
-    assert not result.requires_grad
+    assert result.requires_grad == given.requires_grad
     out = layout(torch.zeros_like(x)).detach()
     assert operation(given, out=out) is out
     assert torch.equal(out, expected)
@@ -194,11 +195,12 @@ def test_bad_options_are_named(operation: Callable[..., Any], options: dict[str,
     ("x", "message"),
     [
         ([1.0], "x must be a torch tensor or a NumPy array .got list."),
-        (torch.ones(3, dtype=torch.float64), "x must be float32.*got torch.float64"),
-        (np.ones(3), "x must be float32.*got torch.float64"),
-        (torch.ones(3, dtype=torch.int32), "x must be float32"),
+        (torch.ones(3, dtype=torch.int32), "x must be float32, float64, float16 or bfloat16 .got torch.int32."),
+        (torch.ones(3, dtype=torch.bool), "x must be float32.*got torch.bool"),
+        (torch.ones(3, dtype=torch.complex64), "x must be float32.*got torch.complex64"),
+        (np.ones(3, np.int64), "x must be float32.*got torch.int64"),
+        (np.array(["a"]), "x must hold numbers"),
         (torch.eye(3).to_sparse(), "x must be a dense"),
-        (torch.ones(3, device="meta"), "x must be on the CPU .got meta."),
     ],
 )
 def test_what_is_no_tensor_of_floats_is_refused(operation: Callable[..., Any], x: object, message: str) -> None:
@@ -213,16 +215,34 @@ def test_an_out_of_another_shape_or_dtype_is_refused(operation: Callable[..., An
             operation(torch.ones(3), out=out)
 
 
-def test_prune_quantize_refuses_16_bit_tensors() -> None:
-    with pytest.raises(TypeError, match=r"x must be float32 .got torch\.bfloat16"):
-        accel.prune_quantize(torch.ones(3, dtype=torch.bfloat16), 0.5, "e4m3fn")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_prune_quantize_takes_float32_alone(dtype: torch.dtype) -> None:
+    x = torch.ones(3, dtype=dtype)
+    with pytest.raises(TypeError, match=f"x must be float32 .got {dtype}"):
+        accel.prune_quantize(x, 0.5, "e4m3fn")
+    with pytest.raises(TypeError, match=f"x must be float32 .got {dtype}"):
+        accel.prune_quantize(x, 0.5, "e4m3fn", out=torch.empty_like(x))
+
+
+def test_prune_refuses_float64() -> None:
+    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16 .got torch\.float64"):
+        accel.prune(torch.ones(3, dtype=torch.float64), 0.5)
+    with pytest.raises(TypeError, match=r"x must be float32, float16 or bfloat16 .got torch\.float64"):
+        accel.prune(np.ones(3), 0.5)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf"), 1e39, "1", None, True])
+def test_bad_alphas_are_named(alpha: Any) -> None:
+    for call in (lambda: accel.prune(torch.ones(3), alpha), lambda: accel.prune_quantize(torch.ones(3), alpha, "e5m2")):
+        with pytest.raises(ValueError, match="alpha must be one number, finite and not negative"):
+            call()
 
 
 def test_encode_and_decode_refuse_what_they_cannot_represent() -> None:
     x = torch.tensor([[1.0, 2.0], [float("nan"), 3.0]])
     with pytest.raises(ValueError, match="x holds a NaN at flat index 2; format 'e2m1' has no NaN code"):
         accel.encode(x, "e2m1")
-    with pytest.raises(ValueError, match=r"out must be a contiguous torch\.uint8 tensor"):
+    with pytest.raises(ValueError, match=r"out must be a torch\.uint8 tensor of shape \(2, 2\) for e4m3fn"):
         accel.encode(x, "e4m3fn", out=torch.empty(2, 2, dtype=torch.uint16))
     with pytest.raises(ValueError, match="codes holds 16 at flat index 1; 'e2m1' has codes 0 to 15"):
         accel.decode(torch.tensor([15, 16], dtype=torch.uint8), "e2m1")
@@ -310,3 +330,139 @@ def test_kernels_work_where_the_cache_cannot_be_written() -> None:
     )
     assert result.stdout.strip() == "16.0"
     assert list(Path(accel.__file__).parent.rglob("*.nbi")) == []
+
+
+FORMS = ["e4m3fn", "bf16", "fp32", "e8m0fnu", "int8", "uint8", "binary8p1", "e8m3fnuz", "fixed<8,4>"]
+MODES = ["nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic"]
+
+
+@pytest.mark.parametrize("fmt", FORMS)
+@pytest.mark.parametrize("rounding", MODES)
+def test_every_layout_gets_the_same_bits(fmt: str, rounding: str) -> None:
+    x = numbers(3, 4, 5, 6) * 3
+    for scale in (None, 0.3, numbers(4, 1, 1).abs() + 0.1, numbers(6).abs() + 0.1, numbers(3, 1, 5, 1).abs() + 0.1):
+        options: dict[str, Any] = {"rounding": rounding, "scale": scale, "seed": 3, "offset": 77}
+        expected, codes = accel.quantize(x, fmt, **options), accel.encode(x, fmt, **options)
+        assert torch.equal(accel.decode(codes, fmt, scale=scale).nan_to_num(), expected.nan_to_num())
+        values, both_codes = accel.quantize_encode(x, fmt, **options)
+        assert torch.equal(values.nan_to_num(), expected.nan_to_num())
+        assert torch.equal(both_codes, codes)
+        for layout in LAYOUTS.values():
+            given = layout(x)
+            assert torch.equal(accel.quantize(given, fmt, **options).nan_to_num(), expected.nan_to_num())
+            assert torch.equal(accel.encode(given, fmt, **options), codes)
+            assert torch.equal(accel.quantize_encode(given.detach(), fmt, **options)[1], codes)
+
+
+def test_channels_last_stays_channels_last() -> None:
+    x = numbers(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    for operation in OPERATIONS.values():
+        assert operation(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_scales_of_every_shape() -> None:
+    """Rows of equal scale, scales that repeat and scales of single elements, against one division and product each."""
+    x = numbers(3, 4, 5)
+    for shape in ((), (1,), (5,), (4, 1), (4, 5), (3, 1, 1), (3, 1, 5), (1, 4, 1), (3, 4, 5), (3, 4, 1)):
+        scale = torch.from_numpy(np.random.default_rng(1).uniform(0.1, 3, shape).astype(np.float32))
+        expected = accel.quantize(x / scale, "e4m3fn") * scale
+        assert torch.equal(accel.quantize(x, "e4m3fn", scale=scale), expected)
+
+
+def test_a_power_of_two_scale_is_a_division_like_any_other() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32).view(np.float32))
+    for exponent in (-149, -130, -127, -126, -3, 0, 5, 126, 127):
+        scale = 2.0**exponent
+        expected = accel.quantize(x / scale, "e5m2", overflow="ieee") * scale
+        given = accel.quantize(x, "e5m2", overflow="ieee", scale=scale)
+        assert torch.equal(given.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("rounding", MODES)
+def test_float64_is_rounded_once(rounding: str) -> None:
+    """Just above a tie of the target, where a detour over float32 would land on the tie."""
+    near = [1.0625 + 2.0**-40, 1.0625 - 2.0**-40, 1 + 2.0**-50, -1.0625 - 2.0**-40]
+    x = torch.tensor([*near, 1e300, 1e-300], dtype=torch.float64)
+    rounded = accel.quantize(x, "e4m3fn", rounding=rounding, overflow="ieee", seed=1)
+    assert rounded.dtype == torch.float64
+    expected = {
+        "nearest_even": [1.125, 1.0, 1.0, -1.125, math.nan, 0.0],
+        "nearest_away": [1.125, 1.0, 1.0, -1.125, math.nan, 0.0],
+        "toward_zero": [1.0, 1.0, 1.0, -1.0, 448.0, 0.0],
+        "up": [1.125, 1.125, 1.125, -1.0, math.nan, 2.0**-9],
+        "down": [1.0, 1.0, 1.0, -1.125, 448.0, 0.0],
+    }
+    if rounding in expected:
+        np.testing.assert_array_equal(rounded.numpy(), np.array(expected[rounding]))
+    assert torch.equal(accel.encode(x[:4], "e4m3fn", rounding=rounding, seed=1), accel.encode(rounded[:4], "e4m3fn"))
+
+
+def test_float64_keeps_fp32_values_and_rounds_to_them() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(0, 1, 10_000))
+    assert torch.equal(accel.quantize(x, "fp32"), x.float().double())
+    assert torch.equal(accel.quantize(x, "bf16", scale=0.7), accel.quantize(x / 0.7, "bf16") * float(np.float32(0.7)))
+
+
+def test_flushing_subnormals_leaves_integers_alone() -> None:
+    x = torch.tensor([1.0, -3.0, 0.4])
+    assert accel.quantize(x, "int8", flush_subnormals=True).tolist() == [1.0, -3.0, 0.0]
+
+
+def test_alpha_codes_hold_alpha() -> None:
+    """+-alpha is kept, coded in the two reserved codes, and read back; other values use the rest of the codes."""
+    alpha = 0.7
+    x = torch.tensor([0.7, -0.7, 0.0, 1.0, -448.0, 5.0]).repeat(3)
+    for policy, e, m, code in (("ieee", 5, 2, 0x7F), ("fn", 4, 3, 0x7F), ("finite", 2, 1, 0x7), ("fnuz", 4, 3, 0x7F)):
+        fmt = accel.format({"exponent_bits": e, "mantissa_bits": m, "policy": policy, "alpha_codes": True})
+        codes = accel.encode(x, fmt, alpha=alpha)
+        assert codes[:2].tolist() == [code, code | 1 << (e + m)]
+        values = accel.decode(codes, fmt, alpha=alpha)
+        assert torch.equal(values, accel.quantize(x, fmt, alpha=alpha))
+        assert values[:2].tolist() == [float(np.float32(0.7)), float(np.float32(-0.7))]
+        assert not set(accel.encode(torch.tensor([448.0, -448.0, 1e9]), fmt).tolist()) & {code, code | 1 << (e + m)}
+        in_place = x.clone()
+        assert torch.equal(accel.quantize(in_place, fmt, alpha=alpha, out=in_place), values)
+        strided = x.repeat_interleave(2)[::2]
+        assert torch.equal(accel.encode(strided, fmt, alpha=alpha), codes)
+        with pytest.raises(ValueError, match="decode needs alpha"):
+            accel.decode(codes, fmt)
+    with pytest.raises(ValueError, match="alpha is for formats with alpha_codes; 'e4m3fn' has none"):
+        accel.quantize(x, "e4m3fn", alpha=alpha)
+    with pytest.raises(ValueError, match=r"NaN at flat index 0; format .* has no NaN code"):
+        accel.encode(torch.tensor([math.nan]), {"base": "e4m3fn", "alpha_codes": True})
+
+
+def test_a_new_format_compiles_nothing() -> None:
+    """Formats are numbers that kernels are given at run time: no new signature of any kernel."""
+
+    def signatures() -> int:
+        kernels = [one for group in cpu.KERNELS.values() for one in group.values()]
+        return sum(len(one.serial.signatures) + len(one.parallel.signatures) for one in [*kernels, cpu.decode])  # type: ignore[attr-defined]
+
+    def use(fmt: Any) -> None:
+        x = numbers(200, 400)
+        for rounding in ("nearest_even", "stochastic", "up"):
+            accel.quantize(x, fmt, rounding=rounding)
+            accel.decode(accel.encode(x, fmt, rounding=rounding), fmt)
+            accel.prune_quantize(x, 0.5, fmt, rounding=rounding)
+
+    for fmt in ("e4m3fn", "int8", "mxfp4", "nvfp4"):
+        use(fmt)
+    before = signatures()
+    use({"exponent_bits": 3, "mantissa_bits": 3, "bias": 6, "policy": "fn"})
+    use("e5m1")
+    use({"exponent_bits": 2, "mantissa_bits": 4, "policy": "p3109"})
+    use("fixed<7,3>")
+    use({"element": "e3m3", "block_size": 24})
+    use({"base": "nvfp4", "block_size": 8})
+    assert signatures() == before
+
+
+@pytest.mark.exhaustive
+def test_more_than_2_to_the_31_elements() -> None:
+    """In place on bfloat16 (4 GiB): the last elements are numbered beyond 2^31."""
+    size, tail = (1 << 31) + 1000, 5000
+    x = torch.full((size,), 1.3, dtype=torch.bfloat16)
+    assert accel.quantize(x, "e5m2", rounding="stochastic", seed=1, out=x) is x
+    last = torch.full((tail,), 1.3, dtype=torch.bfloat16)
+    assert torch.equal(x[-tail:], accel.quantize(last, "e5m2", rounding="stochastic", seed=1, offset=size - tail))
