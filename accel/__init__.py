@@ -1,5 +1,8 @@
 """The hardware: number formats, rounding, pruning and encodings, as a chip computes them, bit for bit."""
 
+import accel.kernels.openmp  # before torch  # noqa: F401
+
+# isort: split
 from accel.block_formats import BlockFormat
 from accel.codecs import (
     CODECS,
@@ -17,7 +20,16 @@ from accel.codecs import (
 )
 from accel.formats import Format
 from accel.ledger import Ledger
-from accel.operations import BlockCodes, decode, encode, prune, prune_quantize, quantize, quantize_encode
+from accel.operations import (
+    BlockCodes,
+    decode,
+    encode,
+    largest_magnitude,
+    prune,
+    prune_quantize,
+    quantize,
+    quantize_encode,
+)
 from accel.presets import format, formats
 from accel.random import stream_id
 
@@ -40,6 +52,7 @@ __all__ = [
     "footprint_of_blocks",
     "format",
     "formats",
+    "largest_magnitude",
     "pack",
     "prune",
     "prune_quantize",

@@ -123,10 +123,10 @@ def round_blocks_into(
         out.copy_(target.view(x.shape))
 
 
-def largest_number(x: torch.Tensor) -> torch.Tensor:
-    """max|x|, NaN left out: float32 of shape (1,)."""
-    launch = backend(x).largest_number
-    found = [launch(source) for source, _, _ in pieces(x, None, torch.float32, in_any_order=True)]
+def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
+    """max|x|, 0 for an empty tensor: float32 of shape (1,). A NaN is the result, or left out."""
+    launch = backend(x).largest_magnitude
+    found = [launch(source, keeps_nan) for source, _, _ in pieces(x, None, torch.float32, in_any_order=True)]
     return torch.cat(found).amax(dim=0, keepdim=True) if found else torch.zeros(1, device=x.device)
 
 

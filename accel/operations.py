@@ -314,6 +314,11 @@ def prune_quantize(
     return result, BlockCounts(counts, x.size if isinstance(x, np.ndarray) else x.numel(), CHUNK)
 
 
+def largest_magnitude(x: AnyArray) -> torch.Tensor:
+    """max|x| in one pass, exactly: float32 of shape (), on x's device. NaN where x holds one, 0 for an empty x."""
+    return launch.largest_magnitude(refuse_double(checked_tensor(x)), keeps_nan=True)[0]
+
+
 # --- block formats --------------------------------------------------------------------------------------------------
 
 

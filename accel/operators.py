@@ -86,7 +86,7 @@ def tensor_scale(x: Tensor, fmt: BlockFormat, given: float | None) -> Tensor:
         table = checked_scales(given, None, x)
         assert table is not None
         return table.values
-    largest = launch.largest_number(x).clamp(max=LARGEST)
+    largest = launch.largest_magnitude(x, keeps_nan=False).clamp(max=LARGEST)
     scale = (largest / (fmt.element.max * fmt.scale.max)).clamp(min=2.0**-126)
     return torch.where(largest > 0, scale, 1.0)
 

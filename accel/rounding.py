@@ -79,7 +79,7 @@ class Parameters(NamedTuple):
     negate_xor: Any  # the code of -v is ((code of v) ^ xor + add) & mask
     negate_add: Any
     code_mask: Any
-    negative_from: Any  # magnitude codes below have no negative: 0, or 1 without -0
+    negative_from: Any  # codes and patterns of magnitudes below have no negative: 0, or 1 without -0
     # from a code to the value
     sign_code: Any
     negative_zero_nan: Any  # the code of -0 where it means NaN, else beyond all codes
@@ -283,8 +283,9 @@ def value_of_magnitude(code, is_negative, p):  # type: ignore[no-untyped-def]
     value = subnormal if code < p.normal_code else normal
     value = real(np.inf) if code == p.infinity_code else value
     value = real(np.nan) if code > p.last_number else value
-    is_negative = is_negative & (code >= p.negative_from)
-    return float_of(word(bits_of(real(value)) | (p.sign if is_negative else word(0))))
+    bits = bits_of(real(value))
+    is_negative = is_negative & (bits >= p.negative_from)
+    return float_of(word(bits | (p.sign if is_negative else word(0))))
 
 
 @scalar

@@ -95,10 +95,11 @@ def schema() -> None:
 def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one.")] = None) -> None:
     """List the experiments, accelerators and formats that come with fpsim, or show one."""
     from fpsim.config import presets as all_presets
+    from fpsim.console import print_table
 
     found = all_presets()
     if name is None:
-        _print_table(["kind", "name", "what it is"], [[one.kind, one.name, one.summary] for one in found])
+        print_table(["kind", "name", "what it is"], [[one.kind, one.name, one.summary] for one in found])
         return
     chosen = [preset for preset in found if preset.name == name]
     if not chosen:
@@ -108,27 +109,54 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="S
 
 @app.command()
 def formats(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A preset or any eXmY.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A preset, a format file, or a text such as e3m4, int6 or bfp8."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the number formats, or show one with the value of every code."""
-    import accel
+    """List the number formats, or show one: its properties, codes and number line."""
+    from fpsim import format_page
+    from fpsim.config import load_format
 
-    try:
-        chosen = accel.formats() if name is None else [accel.format(name)]
-    except ValueError as error:
-        raise _mistake(str(error)) from None
-    rows = [_format_row(fmt) for fmt in chosen]
     if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    cells = [[f"{v:.7g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    _print_table(list(rows[0]), cells)
-    if name is not None and chosen[0].bits <= 8:
-        values = chosen[0].codes().tolist()
-        half = len(values) // 2
-        pairs = [[text for c in (i, i + half) for text in (f"0x{c:02x}", f"{values[c]:.7g}")] for i in range(half)]
-        _print_table(["code", "value", "code", "value"], pairs)
+        rows = format_page.listed() if name is None else [format_page.in_full(load_format(name))]
+        print(json.dumps(rows, indent=1, allow_nan=False))
+    elif name is None:
+        format_page.print_list()
+    else:
+        format_page.print_page(load_format(name))
+
+
+@app.command()
+def conformance(
+    full: Annotated[bool, typer.Option("--full", help="All 2^32 float32 patterns, not a sample: minutes.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the emulator's bits with ml_dtypes, torch and gfloat; exit code 1 if any differ."""
+    from dataclasses import asdict
+
+    from fpsim.conformance import run as compare
+    from fpsim.console import counting, print_table
+
+    with counting("conformance", quiet) as progress:
+        rows = compare(full, progress)
+    pairs, mismatches = sum(row.pairs for row in rows), sum(row.mismatches for row in rows)
+    if as_json:
+        totals = {"full": full, "pairs": pairs, "mismatches": mismatches}
+        print(json.dumps(totals | {"rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False))
+    else:
+        counts = [(f"{row.pairs:,}", f"{row.mismatches:,}", f"{row.seconds:.1f}") for row in rows]
+        cells = [(row.reference, row.format, row.modes, *count) for row, count in zip(rows, counts, strict=True)]
+        print_table(["reference", "format", "modes", "pairs", "mismatches", "seconds"], cells)
+        for row in rows:
+            if (first := row.first) is not None:
+                results = f"{first.ours}, not {first.theirs}"
+                print(f"{row.reference}, {first.format}: {first.operation} {first.input}: {results}")
+        print(f"{pairs:,} pairs compared, {mismatches:,} mismatches")
+    if mismatches:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -157,34 +185,6 @@ def _show_result(result: Any, as_json: bool) -> None:
         return
     print(f"{result.run_dir}: test accuracy {result.accuracy_percent:.2f} % (seed {result.results['seed']})")
     print(f"report: fpsim report {result.run_dir}")
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A plain table, as wide as its content whatever the terminal: no number is cut."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for title in header:
-        table.add_column(title, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=max(Console().width, Console(width=1 << 12).measure(table).maximum)).print(table)
-
-
-def _format_row(fmt: Any) -> dict[str, object]:
-    return {
-        "name": fmt.name,
-        "bits": fmt.bits,
-        "exponent_bits": fmt.exponent_bits,
-        "mantissa_bits": fmt.mantissa_bits,
-        "bias": fmt.bias,
-        "policy": fmt.policy,
-        "max": fmt.max,
-        "min_normal": fmt.min_normal,
-        "min_subnormal": fmt.min_subnormal,
-        "eps": fmt.eps,
-    }
 
 
 def _mistake(message: str) -> ConfigError:

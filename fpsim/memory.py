@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+import accel  # noqa: F401  before torch, see accel/kernels/openmp.py
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 

@@ -307,8 +307,8 @@ def raise_largest(largest, x):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def largest_numbers(start, stop, x, pattern):  # type: ignore[no-untyped-def]
-    """The bit pattern of the largest |x| of a piece, at the number of its first CHUNK; NaN left out."""
+def largest_patterns(start, stop, x, last, pattern):  # type: ignore[no-untyped-def]
+    """The largest bit pattern of |x| up to `last` in a piece, at the number of its first CHUNK."""
     lanes = np.empty(CHUNK, np.uint32)
     for low in range(start, stop, CHUNK):
         piece = x[low : min(low + CHUNK, stop)]
@@ -316,7 +316,7 @@ def largest_numbers(start, stop, x, pattern):  # type: ignore[no-untyped-def]
             lanes[:] = np.uint32(0)
         for i in range(piece.size):
             bits = np.uint32(bits_of(piece[i]) & MAGNITUDE)
-            bits = bits if bits <= INFINITY else np.uint32(0)
+            bits = bits if bits <= last else np.uint32(0)
             lanes[i] = bits if bits > lanes[i] else lanes[i]
     pattern[start // CHUNK] = lanes.max()
 
@@ -549,10 +549,10 @@ def round_blocks(
         )  # fmt: skip
 
 
-def largest_number(x: torch.Tensor) -> torch.Tensor:
-    """max|x| of a flat float32 tensor, NaN left out: float32 of shape (1,)."""
+def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
+    """max|x| of a flat float32 tensor: float32 of shape (1,). A NaN is the result, or left out."""
     patterns = np.zeros(max(-(-x.numel() // CHUNK), 1), np.uint32)
-    _launch(largest_numbers, x, patterns)
+    _launch(largest_patterns, x, MAGNITUDE if keeps_nan else INFINITY, patterns)
     return torch.from_numpy(patterns.max(keepdims=True).view(np.float32))
 
 

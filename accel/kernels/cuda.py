@@ -121,11 +121,11 @@ def _round_blocks(  # type: ignore[no-untyped-def]
             out[i] = rescaled(transform(x[i] / factor, draw, p), factor)  # noqa: F821
 
 
-def largest_numbers(x, pattern):  # type: ignore[no-untyped-def]
+def largest_patterns(x, last, pattern):  # type: ignore[no-untyped-def]
     largest = np.uint32(0)
     for i in range(cuda.grid(1), x.size, cuda.gridsize(1)):
         bits = np.uint32(bits_of(x[i]) & MAGNITUDE)
-        bits = bits if bits <= INFINITY else np.uint32(0)
+        bits = bits if bits <= last else np.uint32(0)
         largest = bits if bits > largest else largest
     cuda.atomic.max(pattern, 0, largest)
 
@@ -203,7 +203,7 @@ def decode_alpha(codes, positive, negative, alpha, out):  # type: ignore[no-unty
 def _loops() -> dict[str, Any]:
     """Every kernel as a Python function, by name."""
     loops: dict[str, Any] = {
-        loop.__name__: loop for loop in (largest_numbers, decode, prune, keep_alpha, encode_alpha, decode_alpha)
+        loop.__name__: loop for loop in (largest_patterns, decode, prune, keep_alpha, encode_alpha, decode_alpha)
     }
     for method, (value, code, record, draws) in METHODS.items():
         bound: dict[str, Any] = {**globals(), "PARAMETERS": record, "DRAWS": draws}
@@ -298,9 +298,9 @@ def round_blocks(
     )  # fmt: skip
 
 
-def largest_number(x: torch.Tensor) -> torch.Tensor:
+def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
     pattern = torch.zeros(1, dtype=torch.uint32, device=x.device)
-    _launch("largest_numbers", x.numel(), x, pattern)
+    _launch("largest_patterns", x.numel(), x, MAGNITUDE if keeps_nan else INFINITY, pattern)
     return pattern.view(torch.float32)
 
 

@@ -1,8 +1,17 @@
 """Configuration of a run: YAML in, validated and immutable data out."""
 
-from fpsim.config.load import config_hash, config_to_yaml, json_schema, load_config, parse_config, parse_emulation
+from fpsim.config.load import (
+    config_hash,
+    config_to_yaml,
+    json_schema,
+    load_config,
+    load_format,
+    parse_config,
+    parse_emulation,
+)
 from fpsim.config.presets import Preset, preset_folder, presets
 from fpsim.config.schema import (
+    BlockFormatSpec,
     Config,
     Data,
     Emulation,
@@ -13,9 +22,11 @@ from fpsim.config.schema import (
     Pruning,
     TensorSpec,
     Training,
+    number_format,
 )
 
 __all__ = [
+    "BlockFormatSpec",
     "Config",
     "Data",
     "Emulation",
@@ -31,6 +42,8 @@ __all__ = [
     "config_to_yaml",
     "json_schema",
     "load_config",
+    "load_format",
+    "number_format",
     "parse_config",
     "parse_emulation",
     "preset_folder",

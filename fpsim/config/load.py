@@ -6,16 +6,28 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fpsim.config.presets import Kind, find_file, preset_files
-from fpsim.config.schema import Config, Emulation, Section, Source
+from fpsim.config.schema import (
+    NOT_A_FORMAT,
+    BlockFormatSpec,
+    Config,
+    Emulation,
+    FormatChoice,
+    FormatSpec,
+    Section,
+    Source,
+    known_format,
+    number_format,
+)
 from fpsim.config.tree import (
     MAX_DEPTH,
     Node,
@@ -33,6 +45,11 @@ from fpsim.config.tree import Path as KeyPath
 from fpsim.config.yaml_loader import dump_yaml, parse_yaml, read_yaml
 from fpsim.errors import ConfigError, Problem
 
+if TYPE_CHECKING:
+    import accel
+
+AnySection = TypeVar("AnySection", bound=Section)
+
 MAX_CHAIN = 16
 OVERRIDES = Position("<overrides>")
 
@@ -45,6 +62,7 @@ _BASE_DESCRIPTIONS = {
     "extends": "Configurations to build on, merged in order: the name of an experiment, or a path from this file.",
     "accelerator": "Descriptions of hardware to build on, merged in order: names of presets, or paths from this file.",
 }
+_BASE_FORMAT = "The format that what is not said here is taken from: a name, a format file, or a description."
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -68,6 +86,18 @@ def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> C
     if not isinstance(tree.value, dict):
         raise ConfigError([Problem("", f"the configuration must be a mapping (got {shown(mapping)})")])
     return _validated(_with_bases(tree, (), ()), overrides)
+
+
+def load_format(text: str) -> accel.Format | accel.BlockFormat:
+    """The number format of a name, a text that `accel.format` takes, a format file's name or path, or a mapping in
+    YAML. Raises ConfigError."""
+    try:
+        written = parse_yaml(text, "<format>") if text.startswith("{") else Node(text)
+        tree = Node({"format": _with_format(written, ("format",), ())})
+        return number_format(_valid(FormatChoice, tree).format)
+    except ConfigError as error:
+        problems = [replace(one, path=one.path.removeprefix("format").lstrip(".")) for one in error.problems]
+        raise ConfigError(problems) from None
 
 
 def parse_emulation(mapping: Mapping[str, Any]) -> Emulation:
@@ -100,6 +130,10 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     required = schema["required"]
     _relax(schema)
+    formats = [{"$ref": f"#/$defs/{section.__name__}"} for section in (FormatSpec, BlockFormatSpec)]
+    for section in (FormatSpec, BlockFormatSpec):
+        base = {"anyOf": [{"type": "string"}, *formats, {"type": "null"}], "description": _BASE_FORMAT}
+        schema["$defs"][section.__name__]["properties"]["base"] = base
     for path, (key, _) in BASE_KEYS.items():
         properties = (schema["$defs"]["Emulation"] if path else schema)["properties"]
         one_or_more: list[dict[str, Any]] = [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
@@ -139,10 +173,7 @@ def _with_bases(node: Node, path: KeyPath, chain: tuple[Path, ...]) -> Node:
     merged: Node | None = None
     for one in _references(reference, (*path, key)):
         file = _find(one, kind, (*path, key))
-        if file.resolve() in chain:
-            raise ConfigError([problem((*path, key), f"{one.value!r} builds on itself", one.at)])
-        if len(chain) >= MAX_CHAIN:
-            raise ConfigError([problem((*path, key), f"more than {MAX_CHAIN} files build on each other", one.at)])
+        _check_chain(file, chain, one, (*path, key))
         base = _with_bases(read_yaml(file), path, (*chain, file.resolve()))
         merged = base if merged is None else merge(merged, base, path)
     own = without(node, key)
@@ -157,6 +188,13 @@ def _references(node: Node, path: KeyPath) -> list[Node]:
     if len({one.value for one in nodes}) < len(nodes):
         raise ConfigError([problem(path, "names a file twice", node.at)])
     return nodes
+
+
+def _check_chain(file: Path, chain: tuple[Path, ...], reference: Node, path: KeyPath) -> None:
+    if file.resolve() in chain:
+        raise ConfigError([problem(path, f"{reference.value!r} builds on itself", reference.at)])
+    if len(chain) >= MAX_CHAIN:
+        raise ConfigError([problem(path, f"more than {MAX_CHAIN} files build on each other", reference.at)])
 
 
 def _find(reference: Node, kind: Kind, path: KeyPath) -> Path:
@@ -176,20 +214,72 @@ def _with_accelerator(tree: Node) -> Node:
     return Node({**tree.value, "emulation": _with_bases(emulation, ("emulation",), ())}, tree.at, tree.key_at)
 
 
-def _with_formats(node: Node, path: KeyPath = ("emulation",)) -> Node:
-    """Replaces the names of format files below `emulation` by what the files say."""
+def _with_formats(node: Node, path: KeyPath) -> Node:
+    """Replaces the formats at and below `path` by what format files and their key `base` say of them."""
+    if path[-1] == "format":
+        return _with_format(node, path, ())
     if isinstance(node.value, list):
         return Node([_with_formats(item, (*path, i)) for i, item in enumerate(node.value)], node.at, node.key_at)
     if isinstance(node.value, dict):
         children = {key: _with_formats(item, (*path, key)) for key, item in node.value.items()}
         return Node(children, node.at, node.key_at)
-    if path[-1] != "format" or not isinstance(node.value, str):
+    return node
+
+
+def _with_format(node: Node, path: KeyPath, chain: tuple[Path, ...]) -> Node:
+    """The format `node` without files and bases; `chain`: the files being read."""
+    if isinstance(node.value, str):
+        if not node.value.endswith((".yaml", ".yml")) and node.value not in preset_files("formats"):
+            return node
+        file = _find(node, "formats", path)
+        _check_chain(file, chain, node, path)
+        tree = read_yaml(file)
+        named = Node({"name": Node(file.stem, node.at, node.key_at), **tree.value}, tree.at, tree.key_at)
+        return _with_format(named, path, (*chain, file.resolve()))
+    if not isinstance(node.value, dict):
         return node
-    if not node.value.endswith((".yaml", ".yml")) and node.value not in preset_files("formats"):
-        return node
-    file = _find(node, "formats", path)
-    named = Node({"name": Node(file.stem, node.at, node.key_at)})
-    return merge(named, read_yaml(file))
+    keys = {
+        key: _with_format(value, (*path, key), chain) if key in ("base", "element", "scale") else value
+        for key, value in node.value.items()
+    }
+    base = keys.pop("base", Node(None))
+    return Node({**_format_keys(base, (*path, "base")), **keys}, node.at, node.key_at)
+
+
+def _format_keys(base: Node, path: KeyPath) -> dict[str, Node]:
+    """What a format takes from its base: all keys, and the name with a star."""
+    if base.value is None:
+        return {}
+    if isinstance(base.value, str):
+        try:
+            base = _placed(from_data(_spelled_out(known_format(base.value))), base.at)
+        except ValueError as error:
+            raise ConfigError([problem(path, str(error), base.at)]) from None
+    if not isinstance(base.value, dict):
+        raise ConfigError([problem(path, f"{NOT_A_FORMAT} (got {shown(base.value)})", base.at)])
+    keys: dict[str, Node] = base.value
+    if "name" in keys and isinstance(keys["name"].value, str):
+        keys = {**keys, "name": Node(f"{keys['name'].value}*", base.at, base.at)}
+    return keys
+
+
+def _spelled_out(name: str) -> dict[str, object]:
+    """The mapping of the format of that name; its parts stay names where those say all."""
+    import accel
+    from accel.presets import to_mapping
+
+    def is_said_by_name(part: accel.Format) -> bool:
+        try:
+            return accel.format(part.name) == part
+        except ValueError:
+            return False
+
+    fmt = accel.format(name)
+    keys = to_mapping(fmt)
+    if isinstance(fmt, accel.BlockFormat):
+        parts = {"element": fmt.element, "scale": fmt.scale}
+        keys |= {key: part.name for key, part in parts.items() if is_said_by_name(part)}
+    return keys
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -211,17 +301,17 @@ def _overridden(tree: Node, override: str) -> Node:
         value = parse_yaml(text, OVERRIDES.file)
     except ConfigError as error:
         raise ConfigError([problem(tuple(parts), one.message, OVERRIDES) for one in error.problems]) from None
-    return _replaced(tree, (), parts, _placed(value))
+    return _replaced(tree, (), parts, _placed(value, OVERRIDES))
 
 
-def _placed(node: Node) -> Node:
-    """The tree with every position set to the overrides."""
+def _placed(node: Node, at: Position | None) -> Node:
+    """The tree with every position set to `at`."""
     value = node.value
     if isinstance(value, dict):
-        value = {key: _placed(item) for key, item in value.items()}
+        value = {key: _placed(item, at) for key, item in value.items()}
     elif isinstance(value, list):
-        value = [_placed(item) for item in value]
-    return Node(value, OVERRIDES, OVERRIDES)
+        value = [_placed(item, at) for item in value]
+    return Node(value, at, at)
 
 
 def _replaced(node: Node, path: KeyPath, parts: Sequence[str], value: Node) -> Node:
@@ -253,26 +343,29 @@ def _validated(tree: Node, overrides: Sequence[str]) -> Config:
         tree = _overridden(tree, override)
     tree = _with_accelerator(tree)
     if (emulation := child(tree, "emulation")) is not None:
-        tree = Node({**tree.value, "emulation": _with_formats(emulation)}, tree.at, tree.key_at)
-    try:
-        config = Config.model_validate(to_data(tree))
-    except ValidationError as error:
-        raise ConfigError(_problems(tree, error.errors(include_url=False))) from None
+        tree = Node({**tree.value, "emulation": _with_formats(emulation, ("emulation",))}, tree.at, tree.key_at)
+    config = _valid(Config, tree)
     config._source = Source(tree)
     return config
 
 
-def _problems(tree: Node, errors: list[ErrorDetails]) -> list[Problem]:
-    newer = [error for error in errors if error["type"] == "newer_version"]
-    problems = [_problem(tree, error) for error in newer or errors]
-    return sorted(problems, key=lambda one: (one.file or "", one.line or 0, one.column or 0))
+def _valid(section: type[AnySection], tree: Node) -> AnySection:
+    """The section that a tree without files describes. Raises ConfigError with every problem found."""
+    try:
+        return section.model_validate(to_data(tree))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    newer = [one for one in errors if one["type"] == "newer_version"]
+    problems = [_problem(section, tree, one) for one in newer or errors]
+    raise ConfigError(sorted(problems, key=lambda one: (one.file or "", one.line or 0, one.column or 0)))
 
 
-def _problem(tree: Node, error: ErrorDetails) -> Problem:
-    path, models = _walk(error["loc"])
+def _problem(section: type[Section], tree: Node, error: ErrorDetails) -> Problem:
+    path, models = _walk(section, error["loc"])
     kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
         base_keys = [key for place, (key, _) in BASE_KEYS.items() if place == path[:-1]]
+        base_keys += ["base"] if models[0] in (FormatSpec, BlockFormatSpec) else []
         message = "unknown key" + _suggestion(path[-1], [*models[0].model_fields, *base_keys])
         return problem_in(tree, path, message, at_key=True)
     if kind in {"missing", "union_tag_not_found"}:
@@ -283,7 +376,7 @@ def _problem(tree: Node, error: ErrorDetails) -> Problem:
             tree, (*path, "name"), _choice(context["tag"], " or ".join(context["expected_tags"].rsplit(", ", 1)))
         )
     if kind == "literal_error":
-        return problem_in(tree, path, _choice(given, context["expected"]))
+        return problem_in(tree, path, _choice(given, re.sub("True|False", lambda m: m[0].lower(), context["expected"])))
     if kind == "section":
         return problem_in(tree, (*path, *context["at"].split(".")), context["message"])
     if kind == "newer_version":
@@ -332,15 +425,15 @@ def _suggestion(given: Any, names: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _walk(location: tuple[int | str, ...]) -> tuple[KeyPath, list[type[Section]]]:
+def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyPath, list[type[Section]]]:
     """The path of a pydantic error without the tags of unions, and the models that may stand there (for an unknown key:
     the model that does not have it)."""
     path: KeyPath = ()
-    models: list[type[Section]] = [Config]
+    models = [section]
     is_union = False
     for part in location:
         if is_union:
-            models = [model for model in models if len(models) == 1 or model.model_fields["name"].default == part]
+            models = [model for model in models if part in (model.__name__, model.model_fields["name"].default)]
             is_union = False
             continue
         path = (*path, part)

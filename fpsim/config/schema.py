@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,8 +22,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from fpsim.config.presets import preset_files
 from fpsim.config.tree import Node, problem_in, shown
 from fpsim.errors import ConfigError
+
+if TYPE_CHECKING:
+    import accel
 
 VERSION: Literal[1] = 1
 
@@ -246,47 +252,140 @@ class Training(Section):
 # --- emulation ----------------------------------------------------------------------------------------------------
 
 
-def _known_format(name: str) -> str:
-    import accel
+NOT_A_FORMAT = "must be the name of a format, a file or a mapping"
 
-    accel.format(name)
+
+def known_format(name: str) -> str:
+    """The name, if it is one of a format. Raises ValueError, naming the nearest."""
+    try:
+        number_format(name)
+    except ValueError:
+        import accel
+
+        files = preset_files("formats")
+        near = get_close_matches(name, [*(fmt.name for fmt in accel.formats()), *files], n=1)
+        if near and near[0] in files:
+            raise ValueError(f"unknown format {name!r} (did you mean the format file {near[0]!r}?)") from None
+        raise
     return name
 
 
+def _scalar_format(name: str) -> str:
+    import accel
+
+    if isinstance(number_format(known_format(name)), accel.BlockFormat):
+        raise ValueError(f"must be a scalar format (got the block format {name!r})")
+    return name
+
+
+def _format_kind(value: Any) -> str | None:
+    """The tag of a format in the unions below."""
+    if isinstance(value, str):
+        return "name"
+    if isinstance(value, dict):
+        is_block = "element" in value or ("block_size" in value and "exponent_bits" not in value)
+        return "BlockFormatSpec" if is_block else "FormatSpec"
+    return type(value).__name__ if isinstance(value, FormatSpec | BlockFormatSpec) else None
+
+
 class FormatSpec(Section):
-    """A floating-point format: sign, exponent and mantissa bits."""
+    """A scalar number format: sign, exponent and mantissa bits."""
 
     name: str | None = None
     """Name in reports."""
     exponent_bits: int = Field(ge=0, le=8)
-    """Exponent bits."""
+    """Exponent bits; 0 for equally spaced numbers."""
     mantissa_bits: int = Field(ge=0, le=23)
     """Mantissa bits, without the hidden one."""
     bias: int | None = None
-    """Exponent bias; null for the usual one, 2^(exponent_bits - 1) - 1."""
-    policy: Literal["ieee", "fn", "fnuz", "finite"] | None = None
-    """Special codes. ieee: Inf and NaN; fn: NaN only; fnuz: NaN in the place of -0; finite: none; null: by the size."""
+    """Exponent bias; null for the usual one: 2^(exponent_bits - 1) - 1, one more for fnuz and p3109; a step of 1 for
+    integer."""
+    policy: Literal["ieee", "fn", "fnuz", "finite", "p3109", "scale", "integer"] | None = None
+    """Special codes. ieee: Inf and NaN; fn: NaN only; fnuz: NaN in the place of -0; finite: none; p3109: Inf, and NaN
+    in the place of -0; scale: unsigned powers of two and NaN; integer: two's complement; null: by the size."""
     subnormals: bool = True
     """Whether the format has subnormal numbers."""
+    signed: bool | None = None
+    """Whether codes have a sign bit; null: all but those of policy scale."""
+    alpha_codes: bool = False
+    """Whether two codes mean +-alpha, a float32 register beside the tensor; for gradients that are pruned."""
 
     @model_validator(mode="after")
     def _can_be_built(self) -> FormatSpec:
-        import accel
-
-        accel.format(self.model_dump())
+        _check_buildable(self)
         return self
 
 
-def _format_kind(value: Any) -> str | None:
-    if isinstance(value, dict | FormatSpec):
-        return "description"
-    return "name" if isinstance(value, str) else None
+ScalarFormat = Annotated[
+    Annotated[str, AfterValidator(_scalar_format), Tag("name")] | Annotated[FormatSpec, Tag("FormatSpec")],
+    Discriminator(
+        lambda value: None if _format_kind(value) == "BlockFormatSpec" else _format_kind(value),
+        "format",
+        "must be a scalar format: a name, a file or a mapping",
+    ),
+]
+
+
+class BlockFormatSpec(Section):
+    """A block format: neighbouring elements of a scalar format share a scale."""
+
+    name: str | None = None
+    """Name in reports."""
+    element: ScalarFormat
+    """Format of the elements: signed, without alpha codes."""
+    scale: ScalarFormat = "e8m0fnu"
+    """Format of the scales: powers of two (policy scale) or, with scale_rule amax, a floating-point format."""
+    block_size: int = Field(ge=1, le=1 << 20)
+    """How many elements share a scale."""
+    scale_rule: Literal["floor", "ceil", "even", "rceil", "amax"] = "floor"
+    """A block's scale, from its largest magnitude amax. floor: 2^(floor(log2 amax) - emax), as OCP MX v1.0, emax being
+    the exponent of the element's largest number; ceil: the same with ceil; even: floor, after amax is rounded to the
+    element's mantissa; rceil: 2^ceil(log2(amax / max)); amax: amax / max, rounded into the scale's format."""
+    axis: int | None = None
+    """The dimension of a tensor along which neighbours form blocks, -1 being the last; null for a layer's channels:
+    those of an input or of its gradient, the input channels of a weight."""
+    tensor_scale: bool = False
+    """Whether the tensor has a float32 scale beside those of its blocks (NVFP4); with scale_rule amax."""
+    padding: Literal["short", "zeros", "refuse"] = "short"
+    """A last block that is not full. short: holds fewer elements; zeros: is stored with zeros; refuse: is an error."""
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> BlockFormatSpec:
+        _check_buildable(self)
+        return self
 
 
 Format = Annotated[
-    Annotated[str, AfterValidator(_known_format), Tag("name")] | Annotated[FormatSpec, Tag("description")],
-    Discriminator(_format_kind, "format", "must be the name of a format, a file or a mapping"),
+    Annotated[str, AfterValidator(known_format), Tag("name")]
+    | Annotated[FormatSpec, Tag("FormatSpec")]
+    | Annotated[BlockFormatSpec, Tag("BlockFormatSpec")],
+    Discriminator(_format_kind, "format", NOT_A_FORMAT),
 ]
+
+
+class FormatChoice(Section):
+    """A number format alone."""
+
+    format: Format
+
+
+def _check_buildable(spec: FormatSpec | BlockFormatSpec) -> None:
+    """Raises what accel says against a format, at the key that it begins with where that is one."""
+    try:
+        number_format(spec)
+    except ValueError as error:
+        key = re.search(r": (?:unknown )?(\w+)", str(error))
+        if key is not None and key[1] in type(spec).model_fields:
+            raise _error_at(key[1], str(error)) from None
+        raise
+
+
+@cache
+def number_format(spec: str | FormatSpec | BlockFormatSpec) -> accel.Format | accel.BlockFormat:
+    """The number format that the value of a key `format` means. Raises ValueError for one that cannot be."""
+    import accel
+
+    return accel.format(spec if isinstance(spec, str) else spec.model_dump())
 
 
 def _refresh_kind(value: Any) -> str | None:
@@ -325,23 +424,41 @@ class TensorSpec(Section):
     """How one kind of tensor is represented in the emulated hardware."""
 
     format: Format
-    """Number format: a preset, any eXmY, a format file, or a description."""
-    rounding: Literal["nearest_even", "stochastic"] = "nearest_even"
-    """Rounding to the format."""
+    """Number format: a preset, eXmY, intN, fixed<N,F>, bfpN, a format file, or a description."""
+    rounding: Literal["nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic"] = "nearest_even"
+    """Rounding to the format: to the nearest number, ties to the even code or away from zero; toward zero; up or down;
+    or up at random, in proportion to the distance."""
+    random_bits: int = Field(32, ge=1, le=32)
+    """Random bits that stochastic rounding draws for a value."""
     overflow: Literal["saturate", "ieee"] = "saturate"
     """Values beyond the largest: saturate to it, or as IEEE 754 (Inf, else NaN)."""
+    flush_subnormals: Literal[False, True, "input", "output"] = False
+    """Subnormal numbers that become zero: none, all (true), or only those that come in or go out."""
     scale: Literal["none", "amax", "power_of_two", "lognormal_mean"] = "none"
     """What values are divided by before rounding: nothing, the largest magnitude's share of the format's maximum, that
-    rounded to a power of two, or the mean of the fitted lognormal distribution."""
+    rounded to a power of two, or the mean of the fitted lognormal distribution. A block format needs none."""
     granularity: Literal["tensor", "channel"] = "tensor"
-    """One scale per tensor or per channel."""
+    """One scale per tensor or per channel; tensor for a block format, whose blocks have their own."""
     codec: Literal["dense", "bitmask", "alpha"] = "dense"
     """Encoding in memory: all values, a bitmask and the nonzeros, or tags for 0 and +-alpha and the other values."""
 
     @model_validator(mode="after")
-    def _alpha_needs_pruning(self) -> TensorSpec:
-        if self.codec == "alpha" and getattr(self, "pruning", None) is None:
+    def _keys_fit_together(self) -> TensorSpec:
+        import accel
+
+        fmt, is_pruned = number_format(self.format), getattr(self, "pruning", None) is not None
+        if self.random_bits != 32 and self.rounding != "stochastic":
+            raise _error_at("random_bits", f"needs rounding stochastic: {self.rounding} draws no random bits")
+        if not is_pruned and self.codec == "alpha":
             raise _error_at("codec", "'alpha' is allowed only for gradients that are pruned: no value is +-alpha here")
+        if not is_pruned and isinstance(fmt, accel.Format) and fmt.alpha_codes:
+            message = "alpha_codes are allowed only for gradients that are pruned: no value is +-alpha here"
+            raise _error_at("format", message)
+        if isinstance(fmt, accel.BlockFormat):
+            for key, allowed in (("scale", "none"), ("granularity", "tensor")):
+                if (given := getattr(self, key)) != allowed:
+                    its_own = f"the block format {fmt.name!r}, whose blocks have scales of their own"
+                    raise _error_at(key, f"must be '{allowed}' with {its_own} (got {shown(given)})")
         return self
 
 
@@ -353,8 +470,17 @@ class GradientSpec(TensorSpec):
 
     @model_validator(mode="after")
     def _one_scale_holds_alpha(self) -> GradientSpec:
-        if self.pruning is not None and self.granularity == "channel" and self.codec != "alpha":
-            raise _error_at("granularity", "'channel' with pruning needs codec alpha: one alpha fits no several scales")
+        import accel
+
+        if self.pruning is None or self.codec == "alpha":
+            return self
+        fmt = number_format(self.format)
+        if self.granularity == "channel" and not (isinstance(fmt, accel.Format) and fmt.alpha_codes):
+            message = "'channel' with pruning needs codec alpha or a format with alpha_codes"
+            raise _error_at("granularity", f"{message}: one alpha fits no several scales")
+        if isinstance(fmt, accel.BlockFormat):
+            message = "must be 'alpha' with pruning and a block format: one alpha fits no several scales"
+            raise _error_at("codec", f"{message} (got {shown(self.codec)})")
         return self
 
 

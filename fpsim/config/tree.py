@@ -57,17 +57,24 @@ def to_data(node: Node) -> Any:
 
 
 def merge(base: Node, over: Node, path: Path = ()) -> Node:
-    """`over` laid on `base`, mapping by mapping; lists and scalars are replaced. Below the root, a mapping that states
-    another `name` than the base is another thing (another optimizer, another model) and replaces it whole."""
+    """`over` laid on `base`, mapping by mapping; lists and scalars are replaced. Below the root, a mapping that is
+    another thing than the base replaces it whole (see `_is_another_thing`)."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    names = [node.value["name"].value for node in (base, over) if "name" in node.value]
-    if path and len(names) == 2 and names[0] != names[1]:
+    if path and _is_another_thing(base.value, over.value):
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(merged[key], child, (*path, key)) if key in merged else child
     return Node(merged, over.at, over.key_at)
+
+
+def _is_another_thing(base: Mapping[str, Node], over: Mapping[str, Node]) -> bool:
+    """Whether `over` states another `name` (another optimizer, another model), or describes another kind of format."""
+    if "name" in base and "name" in over and base["name"].value != over["name"].value:
+        return True
+    kinds = ("element", "exponent_bits")
+    return "base" in over or any(new in over and old in base for new, old in (kinds, kinds[::-1]))
 
 
 def without(node: Node, key: str) -> Node:
