@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -127,7 +128,7 @@ def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
     """max|x|, 0 for an empty tensor: float32 of shape (1,). A NaN is the result, or left out."""
     launch = backend(x).largest_magnitude
     found = [launch(source, keeps_nan) for source, _, _ in pieces(x, None, torch.float32, in_any_order=True)]
-    return torch.cat(found).amax(dim=0, keepdim=True) if found else torch.zeros(1, device=x.device)
+    return reduce(torch.maximum, found) if found else torch.zeros(1, device=x.device)
 
 
 def decode_into(codes: torch.Tensor, out: torch.Tensor, scales: Scales, fields: Fields) -> None:

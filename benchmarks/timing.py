@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -21,9 +22,11 @@ import numpy
 import rich.box
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+FEWEST = 3  # repeats of the slowest call
 
 Call = Callable[[], object]
 
@@ -91,11 +94,20 @@ class Comparison:
         }
 
 
-def alternate(calls: Mapping[str, Call], repeats: int, warm_ups: int = 2) -> dict[str, Times]:
-    """Time every call `repeats` times, A B A B ..., after untimed rounds; a result is freed outside the timed part."""
+def alternate(
+    calls: Mapping[str, Call], repeats: int, warm_ups: int = 2, budget_seconds: float = math.inf
+) -> dict[str, Times]:
+    """Time every call `repeats` times, A B A B ..., after untimed rounds; a result is freed outside the timed part.
+
+    budget_seconds: slow calls are repeated less often, to stay within it by the time of the last untimed round, but at
+    least FEWEST times.
+    """
+    start = time.perf_counter()
     for _ in range(warm_ups):
+        start = time.perf_counter()
         for call in calls.values():
             call()
+    repeats = int(min(repeats, max(FEWEST, budget_seconds / (time.perf_counter() - start))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     preemptions = dict.fromkeys(calls, 0)
     for _ in range(repeats):
@@ -113,9 +125,9 @@ def _preemptions() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def compare(operation: Call, baseline: Call, repeats: int) -> Comparison:
+def compare(operation: Call, baseline: Call, repeats: int, budget_seconds: float = math.inf) -> Comparison:
     """`operation` against `baseline`, alternating."""
-    times = alternate({"operation": operation, "baseline": baseline}, repeats)
+    times = alternate({"operation": operation, "baseline": baseline}, repeats, budget_seconds=budget_seconds)
     return Comparison(times["operation"], times["baseline"])
 
 
@@ -142,27 +154,27 @@ def _processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
+def show_progress(text: str) -> None:
+    """What is being measured, on a terminal alone: each text takes the place of the one before."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:100]:100}\r", end="", file=sys.stderr, flush=True)
+
+
 def print_lines(lines: Mapping[str, object]) -> None:
     """One `name: value` a line."""
-    console = _console()
     for name, value in lines.items():
-        console.print(f"{name}: {value}", markup=False, highlight=False)
+        print(f"{name}: {value}", flush=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table that is also Markdown; the first column is aligned to the left, the others to the right."""
+    """A table that is also Markdown, as wide as its content; the first column is aligned left, the others right."""
     table = Table(box=rich.box.MARKDOWN)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        table.add_column(escape(column), justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
-    console = _console()
-    console.print(f"\n{title}", markup=False, highlight=False)
-    console.print(table)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200)
+        table.add_row(*map(escape, row))
+    print(f"\n{title}", flush=True)
+    Console(width=Console(width=1 << 12).measure(table).maximum).print(table)
 
 
 def results_path(benchmark: str, processor: object) -> Path:

@@ -6,6 +6,9 @@ of the emulation from inside, in a run of its own.
 
 from __future__ import annotations
 
+import accel  # before torch: see accel/kernels/openmp.py
+
+# isort: split
 import argparse
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +20,6 @@ import torch
 from timing import Comparison, alternate, machine, print_lines, print_table, results_path, write_json
 from torch.nn import functional
 
-import accel
 import fpsim.emulation
 import models
 from fpsim.emulation import Emulator, emulate

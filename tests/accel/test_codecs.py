@@ -536,5 +536,5 @@ def test_alpha_codes_keep_alpha_in_a_dense_stream() -> None:
 
 
 def test_block_formats_are_refused_by_name() -> None:
-    with pytest.raises(CodecError, match="a stream holds codes of a scalar format .got the block format 'mxfp4'"):
+    with pytest.raises(CodecError, match=r"a stream holds codes of a scalar format .got the block format 'mxfp4'"):
         pack(torch.ones(3), "dense", "mxfp4")

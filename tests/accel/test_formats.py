@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import accel
-from accel.formats import ALIASES, POLICIES, PRESETS, Format
+from accel.formats import POLICIES, Format
+from accel.presets import ALIASES, PRESETS, to_mapping, to_text
 
 
 def test_limits_equal_the_official_ones(official: tuple[str, npt.DTypeLike]) -> None:
@@ -35,16 +36,23 @@ def test_code_tables_equal_the_official_ones(official: tuple[str, npt.DTypeLike]
 
 def exact_value(fmt: Format, code: int) -> Fraction | str:
     """The definition, read aloud: a number, or "inf" or "nan"."""
-    sign, magnitude = divmod(code, 1 << (fmt.bits - 1))
+    sign, magnitude = divmod(code, 1 << (fmt.exponent_bits + fmt.mantissa_bits)) if fmt.signed else (0, code)
     e, m = divmod(magnitude, 1 << fmt.mantissa_bits)
     e_top, m_top = (1 << fmt.exponent_bits) - 1, (1 << fmt.mantissa_bits) - 1
     match fmt.policy:
         case "ieee" if e == e_top:
             return "nan" if m else "inf"
-        case "fn" if (e, m) == (e_top, m_top):
+        case "fn" | "scale" if (e, m) == (e_top, m_top):
             return "nan"
-        case "fnuz" if sign and magnitude == 0:
+        case "fnuz" | "p3109" if sign and magnitude == 0:
             return "nan"
+        case "p3109" if (e, m) == (e_top, m_top):
+            return "inf"
+        case "scale":
+            return Fraction(2) ** (e - fmt.bias)
+        case "integer" if sign:
+            magnitude -= 1 << fmt.mantissa_bits
+            return magnitude * Fraction(2) ** (1 - fmt.bias - fmt.mantissa_bits)
     if e == 0 and not fmt.subnormals:
         return Fraction(0)
     fraction = Fraction(m, 1 << fmt.mantissa_bits) + (1 if e else 0)
@@ -53,11 +61,14 @@ def exact_value(fmt: Format, code: int) -> Fraction | str:
 
 @st.composite
 def any_format(draw: st.DrawFn) -> Format:
-    e = draw(st.integers(0, 8))
-    m = draw(st.integers(0, 7))
-    bias = draw(st.integers(max(-127, (1 << e) - 129), 127))
+    policy = draw(st.sampled_from(sorted(POLICIES)))
+    e = 0 if policy == "integer" else draw(st.integers(0, 8))
+    m = 0 if policy == "scale" else draw(st.integers(0, 7))
+    bias = draw(st.integers(max(-127, (1 << e) - 129), 150 - m))
+    is_scale = policy == "scale"
+    signed, subnormals = not is_scale and draw(st.booleans()), is_scale or draw(st.booleans())
     try:
-        return Format("any", e, m, bias, draw(st.sampled_from(sorted(POLICIES))), draw(st.booleans()))
+        return Format("any", e, m, bias, policy, subnormals, signed)
     except ValueError:
         assume(False)
         raise
@@ -73,10 +84,10 @@ def test_generated_tables_follow_the_definition(fmt: Format) -> None:
         if expected == "nan":
             assert np.isnan(value)
         elif expected == "inf":
-            assert value == (np.inf if code < 1 << (fmt.bits - 1) else -np.inf)
+            assert value == (-np.inf if code & fmt.sign_code else np.inf)
         else:
             assert Fraction(value) == expected
-            negative = code >= 1 << (fmt.bits - 1) and (expected != 0 or fmt.has_negative_zero)
+            negative = bool(code & fmt.sign_code) and (expected != 0 or fmt.has_negative_zero)
             assert bool(np.signbit(table[code])) == negative
     numbers = [value for value in exact if isinstance(value, Fraction)]
     assert Fraction(fmt.max) == max(numbers)
@@ -86,7 +97,8 @@ def test_generated_tables_follow_the_definition(fmt: Format) -> None:
     assert exact[fmt.max_code] == max(numbers)
     assert fmt.nan_code is None or exact[fmt.nan_code] == "nan"
     assert fmt.infinity_code is None or exact[fmt.infinity_code] == "inf"
-    assert fmt.has_negative_zero == (fmt.policy != "fnuz")
+    assert Fraction(fmt.min) == min(numbers)
+    assert fmt.has_negative_zero == (fmt.signed and fmt.policy in ("ieee", "fn", "finite"))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +134,8 @@ def test_aliases_and_listing() -> None:
     assert accel.format("bfloat16") is accel.format("e8m7") is PRESETS["bf16"]
     assert set(ALIASES.values()) <= set(PRESETS)
     assert [fmt.name for fmt in accel.formats()] == list(PRESETS)
+    for fmt in accel.formats():
+        assert accel.format(to_text(fmt)) == fmt == accel.format(to_mapping(fmt))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +145,34 @@ def test_aliases_and_listing() -> None:
         ("e9m3", "exponent_bits must be an integer from 0 to 8 .got 9."),
         ("e4m24", "mantissa_bits must be an integer from 0 to 23 .got 24."),
         ("e0m0", "must be at least 1"),
-        ("e8m0", r"not carried by float32.*2\^128"),
-        ("e8m7fnuz", r"not carried by float32.*bias must be at most 127, got 128"),
+        ("e8m23fnuz", r"not carried by float32: its values are multiples of 2\^-150"),
+        ({"exponent_bits": 8, "mantissa_bits": 0, "policy": "finite"}, r"not carried by float32.*2\^128"),
+        ({"exponent_bits": 8, "mantissa_bits": 1, "policy": "scale"}, "'scale' needs mantissa_bits = 0, signed: false"),
+        ({"exponent_bits": 1, "mantissa_bits": 3, "policy": "integer"}, "'integer' needs exponent_bits = 0 .got 1."),
+        ({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fnuz", "signed": False}, "an unsigned format lacks"),
+        ({"exponent_bits": 4, "mantissa_bits": 3, "signed": 1}, "signed must be true or false .got 1."),
+        (
+            {"base": "uint8", "alpha_codes": True},
+            "alpha_codes need a signed format of policy ieee, fn, fnuz, finite or",
+        ),
+        ("int1", "integers of 2 to 24 bits are carried .got 1."),
+        ("uint24", "integers of 1 to 23 bits are carried .got 24."),
+        ("bfp1", "block floating point has elements of 2 to 24 bits .got 1."),
+        ('{"exponent_bits": 4', "a format's JSON is not valid"),
+        ({"element": "e2m1"}, "block_size is missing"),
+        ({"element": "e2m1", "block_size": 0}, "block_size must be an integer from 1 to 1048576 .got 0."),
+        ({"element": "e2m1", "block_size": -32}, "block_size must be an integer from 1 to 1048576 .got -32."),
+        ({"element": "mxfp4", "block_size": 2}, "element must be a scalar format .got the block format 'mxfp4'."),
+        ({"element": "uint8", "block_size": 2}, "element must be a signed format"),
+        (
+            {"element": "e2m1", "block_size": 2, "scale": "e4m3fn"},
+            "scale_rule 'floor' does not go with a scale of policy",
+        ),
+        ({"base": "mxfp4", "scale_rule": "flor"}, "unknown scale_rule 'flor' .did you mean 'floor'"),
+        ({"base": "mxfp4", "padding": "zero"}, "unknown padding 'zero' .did you mean 'zeros'"),
+        ({"base": "mxfp4", "axis": 1.0}, "axis must be an integer or null .got 1.0."),
+        ({"base": "mxfp4", "tensor_scale": True}, "tensor_scale goes with scale_rule 'amax' alone"),
+        ({"base": "mxfp4", "exponent_bits": 3}, "unknown key 'exponent_bits'"),
         ({"exponent_bits": 4}, "mantissa_bits is missing"),
         ({"exponent_bits": 4, "mantissa_bit": 3}, "unknown key 'mantissa_bit' .did you mean 'mantissa_bits'"),
         ({"exponent_bits": "4", "mantissa_bits": 3}, "exponent_bits must be an integer from 0 to 8 .got '4'."),

@@ -437,10 +437,10 @@ def test_a_new_format_compiles_nothing() -> None:
 
     def signatures() -> int:
         kernels = [one for group in cpu.KERNELS.values() for one in group.values()]
-        return sum(len(one.serial.signatures) + len(one.parallel.signatures) for one in [*kernels, cpu.decode])  # type: ignore[attr-defined]
+        return sum(len(one.serial.signatures) for one in [*kernels, cpu.decode])  # type: ignore[attr-defined]
 
     def use(fmt: Any) -> None:
-        x = numbers(200, 400)
+        x = numbers(20, 400)
         for rounding in ("nearest_even", "stochastic", "up"):
             accel.quantize(x, fmt, rounding=rounding)
             accel.decode(accel.encode(x, fmt, rounding=rounding), fmt)

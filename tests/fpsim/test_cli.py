@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 import accel
-from fpsim import cli, runner
+from fpsim import cli, conformance, runner
 from fpsim.config import Config, load_config, presets
 from fpsim.report import load_results
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
-VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats"]
+VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats", "conformance"]
 CONFIG = """\
 name: tiny
 threads: 1
@@ -129,6 +129,9 @@ def test_a_mistake_in_the_file(fpsim: Fpsim, tmp_path: Path, old: str, new: str,
         (["report", "nowhere"], "nowhere: no such run directory"),
         (["formats", "e4m3fm"], "unknown format 'e4m3fm'.*did you mean 'e4m3fn'?"),
         (["formats", "e9m3"], "e9m3"),
+        (["formats", "mxfp6-blok16"], "unknown format 'mxfp6-blok16' \\(did you mean the format file 'mxfp6-block16'"),
+        (["formats", "nowhere.yaml"], "no such file, nor one of the formats .* \\(got 'nowhere.yaml'\\)"),
+        (["formats", "nvfp5", "--json"], "did you mean 'nvfp4'"),
         (["presets", "quickstar"], "did you mean 'quickstart'?"),
     ],
 )
@@ -299,9 +302,18 @@ def test_presets(fpsim: Fpsim) -> None:
 def test_formats_as_json(fpsim: Fpsim) -> None:
     code, out, err = fpsim("formats", "--json")
     assert (code, err) == (0, "")
-    assert {row["name"]: row["max"] for row in json.loads(out)} == {fmt.name: fmt.max for fmt in accel.formats()}
+    rows = {row["name"]: row for row in json.loads(out, parse_constant=pytest.fail)}
+    files = {preset.name: str(preset.path) for preset in presets() if preset.kind == "formats"}
+    assert set(rows) == {fmt.name for fmt in accel.formats()} | set(files)
+    assert {name: row["file"] for name, row in rows.items() if "file" in row} == files
+    for fmt in accel.formats():
+        if isinstance(fmt, accel.Format):
+            assert (rows[fmt.name]["kind"], rows[fmt.name]["max"]) == ("scalar", fmt.max)
+        else:
+            assert (rows[fmt.name]["kind"], rows[fmt.name]["block_size"]) == ("block", fmt.block_size)
     (row,) = json.loads(fpsim("formats", "e3m2", "--json").out)
     assert (row["bits"], row["exponent_bits"], row["mantissa_bits"], row["max"]) == (6, 3, 2, 28.0)
+    assert len(row["values"]) == 64
 
 
 def test_formats_shows_every_number_whole(fpsim: Fpsim, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,17 +322,82 @@ def test_formats_shows_every_number_whole(fpsim: Fpsim, monkeypatch: pytest.Monk
     code, out, err = fpsim("formats")
     assert (code, err) == (0, "")
     assert "…" not in out
+    assert "\x1b" not in out
+    rows = [row.split() for row in out.splitlines()]
     for fmt in accel.formats():
-        assert any(row.split()[:2] == [fmt.name, str(fmt.bits)] for row in out.splitlines())
+        bits = fmt.bits if isinstance(fmt, accel.Format) else fmt.bits_per_element
+        assert any(row[:2] == [fmt.name, f"{bits:g}"] for row in rows)
+    for preset in presets():
+        if preset.kind == "formats":
+            assert [preset.name, *preset.summary.split()] in rows
 
 
 def test_one_format_with_its_codes(fpsim: Fpsim) -> None:
     code, out, err = fpsim("formats", "e2m1")
     assert (code, err) == (0, "")
-    cells = [row.split() for row in out.splitlines()]
-    for value, (positive, negative) in enumerate(zip(range(8), range(8, 16), strict=True)):
-        magnitude = [0, 0.5, 1, 1.5, 2, 3, 4, 6][value]
-        assert [f"0x{positive:02x}", f"{magnitude:g}", f"0x{negative:02x}", f"-{magnitude:g}"] in cells
+    values = ["0", "0.5", "1", "1.5", "2", "3", "4", "6", "-0", "-0.5", "-1", "-1.5", "-2", "-3", "-4", "-6"]
+    for number, value in enumerate(values):
+        fields = f"{number >> 3:b} {number >> 1 & 3:02b} {number & 1:b}"
+        assert re.search(rf"(^|  )0x{number:x}  {fields} {re.escape(value)}(  |$)", out, re.MULTILINE), number
+
+
+@pytest.mark.parametrize(
+    ("name", "first_line"),
+    [
+        ("fixed<8,4>", "fixed<8,4>: 8 bits, s mmmmmmm"),
+        ("e3m4", "e3m4: 8 bits, s eee mmmm"),
+        ("fp32", "fp32: 32 bits, s e8 m23"),
+        ("bfp8", "bfp8: blocks of e0m7 that share a scale e8m0fnu"),
+        ("mxfp4", "mxfp4: blocks of e2m1 that share a scale e8m0fnu"),
+        ("mxfp6-block16", "mxfp6-block16: blocks of e3m2 that share a scale e8m0fnu"),
+        ("own.yaml", "own: 6 bits, s eee mm"),
+        ("{base: mxfp4, block_size: 16}", "mxfp4*: blocks of e2m1 that share a scale e8m0fnu"),
+    ],
+)
+def test_a_format_by_name_text_file_or_mapping(fpsim: Fpsim, tmp_path: Path, name: str, first_line: str) -> None:
+    (tmp_path / "own.yaml").write_text("base: e3m2\nbias: 6\n")
+    code, out, err = fpsim("formats", name)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == first_line
+
+
+def test_a_mistake_in_a_format_file(fpsim: Fpsim, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("base: mxfp4\nblok_size: 16\n")
+    code, out, err = fpsim("formats", "own.yaml")
+    assert (code, out) == (2, "")
+    assert err == "own.yaml:2:1: blok_size: unknown key; did you mean 'block_size'?\n    blok_size: 16\n    ^\n"
+
+
+def test_conformance(fpsim: Fpsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    first = conformance.Mismatch("e5m2", "quantize", "0x7f800000", "0x47600000", "0x7f800000")
+    rows = [
+        conformance.Row("torch", "e4m3fn", "nearest_even", 1 << 24, 0, None, 0.5),
+        conformance.Row("gfloat", "5 ieee", "stochastic", 1000, 2, first, 1.25),
+    ]
+
+    def run(full: bool, progress: Callable[[int, int, str], None]) -> list[conformance.Row]:
+        given.append(full)
+        for done in (1, 2):
+            progress(done, 2, rows[done - 1].format)
+        return [row for row in rows if full or row.mismatches == 0]
+
+    monkeypatch.setattr(conformance, "run", run)
+    code, out, err = fpsim("conformance")
+    assert (code, err) == (0, "conformance: 1 of 2, e4m3fn\nconformance: 2 of 2, 5 ieee\n")
+    assert out.splitlines()[1].split() == ["torch", "e4m3fn", "nearest_even", "16,777,216", "0", "0.5"]
+    assert out.splitlines()[-1] == "16,777,216 pairs compared, 0 mismatches"
+    code, out, err = fpsim("conformance", "--full", "--quiet")
+    assert (code, err) == (1, "")
+    assert out.splitlines()[2].split() == ["gfloat", "5", "ieee", "stochastic", "1,000", "2", "1.2"]
+    assert out.splitlines()[3] == "gfloat, e5m2: quantize 0x7f800000: 0x47600000, not 0x7f800000"
+    assert out.splitlines()[-1] == "16,778,216 pairs compared, 2 mismatches"
+    code, out, err = fpsim("conformance", "--full", "--json", "-q")
+    assert (code, err) == (1, "")
+    answer = json.loads(out)
+    assert (answer["full"], answer["pairs"], answer["mismatches"]) == (True, 16778216, 2)
+    assert answer["rows"][1]["first"]["input"] == "0x7f800000"
+    assert given == [False, True, True]
 
 
 # --- help -----------------------------------------------------------------------------------------------------------

@@ -1,26 +1,38 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import jsonschema
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
+import accel
+from accel.block_formats import PADDINGS, SCALE_RULES
+from accel.formats import POLICIES
+from accel.presets import to_mapping
+from accel.rounding import FLUSHES, ROUNDINGS
 from fpsim.config import (
+    BlockFormatSpec,
     Config,
+    FormatSpec,
     GradientSpec,
     Pruning,
+    TensorSpec,
     config_hash,
     config_to_yaml,
     json_schema,
     load_config,
+    load_format,
+    number_format,
     parse_config,
     preset_folder,
     presets,
@@ -61,6 +73,13 @@ def problems(path: Path | str, overrides: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     return [str(problem).splitlines()[0] for problem in caught.value.problems]
+
+
+def error_of(name: str) -> ValueError:
+    """What accel says of a name that is not a format's."""
+    with pytest.raises(ValueError, match="did you mean") as caught:
+        accel.format(name)
+    return caught.value
 
 
 def base() -> dict[str, Any]:
@@ -209,9 +228,9 @@ emulation:
         "c.yaml:8:49: training.schedule.milestones_epochs.1: must be a number (got 'x')",
         "c.yaml:11:13: emulation.exclude.0: not a regular expression: missing ), unterminated subpattern at position 0 "
         "(got 're:(')",
-        problem_of_format("c.yaml:12:21: emulation.weights.format: ", "e4m3fm"),
-        "c.yaml:12:39: emulation.weights.rounding: must be 'nearest_even' or 'stochastic' (got 'nearest'); "
-        "did you mean 'nearest_even'?",
+        f"c.yaml:12:21: emulation.weights.format: {error_of('e4m3fm')}",
+        "c.yaml:12:39: emulation.weights.rounding: must be 'nearest_even', 'nearest_away', 'toward_zero', 'up', 'down' "
+        "or 'stochastic' (got 'nearest'); did you mean 'nearest_even'?",
         "c.yaml:13:39: emulation.gradients.format.exponent_bits: must be <= 8 (got 9)",
         "c.yaml:13:81: emulation.gradients.pruning.sparsity: must be < 1 (got 1.5)",
         "c.yaml:13:95: emulation.gradients.pruning.refresh: must be a number of steps or 'epoch' (got 'epoc')",
@@ -220,14 +239,6 @@ emulation:
         "c.yaml:14:52: emulation.overrides.0.activations.format: must be the name of a format, a file or a mapping "
         "(got 8)",
     ]
-
-
-def problem_of_format(prefix: str, name: str) -> str:
-    import accel
-
-    with pytest.raises(ValueError, match="e4m3fn") as caught:
-        accel.format(name)
-    return prefix + str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +391,8 @@ def test_format_files_become_part_of_the_config(write: Write) -> None:
         "bias": 9,
         "policy": "finite",
         "subnormals": True,
+        "signed": None,
+        "alpha_codes": False,
     }
     assert (activations["name"], activations["bias"]) == ("fp6-e3m2-b6", 6)
     write("exponent_bits: 4\nmantisa_bits: 1\n", "chips/small.yaml")
@@ -393,7 +406,237 @@ def test_a_format_that_cannot_exist_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(base() | {"emulation": {"weights": {"format": {"exponent_bits": 0, "mantissa_bits": 0}}}})
     (problem,) = caught.value.problems
-    assert problem.path == "emulation.weights.format"
+    assert problem.path == "emulation.weights.format.exponent_bits"
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def tensor(text: str, role: str = "weights") -> TensorSpec:
+    """The tensor specification of a role, written in YAML."""
+    emulation = parse_config(base(), [f"emulation.{role}={text}"]).emulation
+    assert emulation is not None
+    spec = getattr(emulation, role)
+    assert isinstance(spec, TensorSpec)
+    return spec
+
+
+def format_of(text: str) -> accel.Format | accel.BlockFormat:
+    """The format that a value of the key `format` means."""
+    return number_format(tensor(f"{{format: {text}}}").format)
+
+
+def test_the_choices_are_those_of_accel() -> None:
+    def choices(section: type[BaseModel], key: str) -> tuple[object, ...]:
+        """The values of a Literal, or of a Literal or null."""
+        annotation = section.model_fields[key].annotation
+        inner = [argument for argument in get_args(annotation) if get_origin(argument) is Literal]
+        return get_args(inner[0] if inner else annotation)
+
+    assert choices(FormatSpec, "policy") == tuple(POLICIES)
+    assert choices(BlockFormatSpec, "scale_rule") == tuple(SCALE_RULES)
+    assert choices(BlockFormatSpec, "padding") == tuple(PADDINGS)
+    assert choices(TensorSpec, "rounding") == ROUNDINGS
+    assert choices(TensorSpec, "flush_subnormals") == FLUSHES
+    for section, made in ((FormatSpec, accel.Format), (BlockFormatSpec, accel.BlockFormat)):
+        assert set(section.model_fields) == {field.name for field in dataclasses.fields(made)}
+
+
+@pytest.mark.parametrize("fmt", accel.formats(), ids=lambda fmt: fmt.name)
+def test_every_preset_can_be_said_by_name_and_in_full(fmt: accel.Format | accel.BlockFormat) -> None:
+    assert format_of(fmt.name) == fmt
+    mapping = to_mapping(fmt)
+    assert format_of(json.dumps(mapping)) == fmt
+    assert load_format(json.dumps(mapping)) == fmt
+    assert dataclasses.replace(format_of(f"{{base: {fmt.name}}}"), name=fmt.name) == fmt
+
+
+@pytest.mark.parametrize("text", ["e3m4", "int6", "uint8", '"fixed<8,4>"', "bfp8", "e5m2p3109", "mxfp4"])
+def test_the_texts_of_accel_are_formats(text: str) -> None:
+    assert format_of(text) == accel.format(text.strip('"'))
+
+
+def test_scalar_keys() -> None:
+    fmt = format_of("{exponent_bits: 4, mantissa_bits: 4, signed: false, policy: finite, subnormals: false, name: u}")
+    assert fmt == accel.Format("u", 4, 4, 7, "finite", subnormals=False, signed=False)
+    fmt = format_of("{exponent_bits: 8, mantissa_bits: 0, policy: scale}")
+    assert fmt == accel.Format("e8m0", 8, 0, 127, "scale", signed=False)
+    fmt = format_of("{exponent_bits: 0, mantissa_bits: 7, policy: integer}")
+    assert fmt == accel.Format("e0m7", 0, 7, -6, "integer")
+
+
+def test_a_base_gives_what_is_not_said() -> None:
+    fmt = format_of("{base: mxfp4, block_size: 16}")
+    assert fmt == dataclasses.replace(accel.format("mxfp4"), name="mxfp4*", block_size=16)
+    fmt = format_of("{base: e4m3fn, bias: 9, name: low}")
+    assert fmt == accel.Format("low", 4, 3, 9, "fn")
+    assert format_of("{base: e4m3fn, bias: null}") == accel.Format("e4m3fn*", 4, 3, 7, "fn")
+    fmt = format_of("{base: {base: mxfp6-block16, axis: 0}, element: {base: e3m2, bias: 6}, name: b}")
+    assert isinstance(fmt, accel.BlockFormat)
+    assert (fmt.name, fmt.block_size, fmt.axis, fmt.element.bias, fmt.element.name) == ("b", 16, 0, 6, "e3m2*")
+
+
+def test_the_block_format_file() -> None:
+    expected = accel.BlockFormat("mxfp6-block16", accel.Format("e3m2", 3, 2, 3, "finite"), accel.format("e8m0fnu"), 16)
+    assert load_format("mxfp6-block16") == expected
+    assert load_format(str(preset_folder() / "formats" / "mxfp6-block16.yaml")) == expected
+    in_short = load_format("{base: mxfp6_e3m2, block_size: 16}")
+    assert dataclasses.replace(in_short, name="mxfp6-block16") == expected
+
+
+def test_files_build_on_files_and_have_files_as_parts(write: Write) -> None:
+    write("base: e3m2\nbias: 6\n", "chips/low.yaml")
+    write("element: low.yaml\nblock_size: 8\n", "chips/low8.yaml")
+    write("weights: {format: low8.yaml}\nactivations: {format: {base: low8.yaml, block_size: 4}}\n", "chips/chip.yaml")
+    config = load_config(write(BASE + "emulation: {accelerator: chips/chip.yaml}\n"))
+    assert config.emulation is not None
+    assert config.emulation.weights is not None
+    assert config.emulation.activations is not None
+    low = accel.Format("low", 3, 2, 6, "finite")
+    expected = accel.BlockFormat("low8", low, accel.format("e8m0fnu"), 8)
+    assert number_format(config.emulation.weights.format) == expected
+    smaller = dataclasses.replace(expected, name="low8*", block_size=4)
+    assert number_format(config.emulation.activations.format) == smaller
+    assert load_config(write(config_to_yaml(config), "resolved.yaml")) == config
+    assert load_format("chips/low8.yaml") == expected
+
+
+def test_a_format_laid_on_one_of_another_kind_replaces_it(write: Write) -> None:
+    write("weights: {format: {exponent_bits: 4, mantissa_bits: 3, policy: fn}}\n", "scalar.yaml")
+    write("weights: {format: {element: e2m1, block_size: 16, axis: 0}}\n", "block.yaml")
+
+    def weights(accelerator: str, own: str) -> accel.Format | accel.BlockFormat:
+        text = f"emulation: {{accelerator: {accelerator}, weights: {{format: {own}}}}}\n"
+        emulation = load_config(write(BASE + text)).emulation
+        assert emulation is not None
+        assert emulation.weights is not None
+        return number_format(emulation.weights.format)
+
+    assert weights("scalar.yaml", "{bias: 9}") == accel.Format("e4m3", 4, 3, 9, "fn")
+    assert weights("scalar.yaml", "{element: e3m2, block_size: 8}") == accel.format(
+        {"element": "e3m2", "block_size": 8}
+    )
+    assert weights("scalar.yaml", "{base: e5m2}") == dataclasses.replace(accel.format("e5m2"), name="e5m2*")
+    block = weights("block.yaml", "{block_size: 8}")
+    assert isinstance(block, accel.BlockFormat)
+    assert (block.element.name, block.block_size, block.axis) == ("e2m1", 8, 0)
+    assert weights("block.yaml", "{exponent_bits: 3, mantissa_bits: 2}") == accel.format("e3m2")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "message"),  # ^: where the problem is placed; nowhere: at the key `format`
+    [
+        ("{element: e2m1}", ".block_size", "missing; this key is required"),
+        ("{block_size: 8}", ".element", "missing; this key is required"),
+        ("{element: e2m1, block_size: ^0}", ".block_size", "must be >= 1 (got 0)"),
+        ("{element: e2m1, ^blok_size: 8, block_size: 8}", ".blok_size", "unknown key; did you mean 'block_size'?"),
+        ("{element: ^e4m3fm, block_size: 8}", ".element", str(error_of("e4m3fm"))),
+        ("{element: ^mxfp4, block_size: 8}", ".element", "must be a scalar format (got the block format 'mxfp4')"),
+        (
+            "{element: ^{element: e2m1, block_size: 8}, block_size: 8}",
+            ".element",
+            "must be a scalar format: a name, a file or a mapping (got a mapping)",
+        ),
+        (
+            "{element: {exponent_bits: 2, mantissa_bits: ^24}, block_size: 8}",
+            ".element.mantissa_bits",
+            "must be <= 23 (got 24)",
+        ),
+        (
+            "{base: nvfp4, scale_rule: ^flor}",
+            ".scale_rule",
+            "must be 'floor', 'ceil', 'even', 'rceil' or 'amax' (got 'flor'); did you mean 'floor'?",
+        ),
+        (
+            "{base: ^nvfp4, scale: e8m0fnu}",
+            ".scale_rule",
+            "format 'nvfp4*': scale_rule 'amax' does not go with a scale of policy 'scale': 'amax' makes any number, "
+            "the other rules powers of two (policy 'scale', such as e8m0fnu)",
+        ),
+        (
+            "{base: e2m1, policy: ^scale}",
+            ".policy",
+            "format 'e2m1*': policy 'scale' needs mantissa_bits = 0, signed: false and subnormals left true (got M=1, "
+            "signed=True, subnormals=True)",
+        ),
+        ("{base: e2m1, ^block_size: 8}", ".block_size", "unknown key"),
+        ("{base: ^[e2m1]}", ".base", "must be the name of a format, a file or a mapping (got a list)"),
+        ("{^bsae: e2m1, exponent_bits: 2, mantissa_bits: 1}", ".bsae", "unknown key; did you mean 'base'?"),
+        ("^mxfp6-blok16", "", "unknown format 'mxfp6-blok16' (did you mean the format file 'mxfp6-block16'?)"),
+    ],
+)
+def test_one_problem_of_a_format(write: Write, text: str, path: str, message: str) -> None:
+    line = f"emulation: {{weights: {{format: {text}}}}}\n"
+    column = (line.index("^") if "^" in line else line.index("format")) + 1
+    assert problems(write(BASE + line.replace("^", ""))) == [
+        f"c.yaml:7:{column}: emulation.weights.format{path}: {message}"
+    ]
+
+
+def test_a_format_file_that_builds_on_itself(write: Write) -> None:
+    write("base: b.yaml\nbias: 3\n", "a.yaml")
+    write("base: a.yaml\n", "b.yaml")
+    text = BASE + "emulation: {weights: {format: a.yaml}}\n"
+    assert problems(write(text)) == ["b.yaml:1:7: emulation.weights.format.base.base: 'a.yaml' builds on itself"]
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "key", "message"),
+    [
+        (
+            "weights",
+            "{format: e2m1, random_bits: 8}",
+            "random_bits",
+            "needs rounding stochastic: nearest_even draws no",
+        ),
+        (
+            "weights",
+            "{format: e2m1, rounding: up, random_bits: 8}",
+            "random_bits",
+            "needs rounding stochastic: up draws",
+        ),
+        ("weights", "{format: e2m1, rounding: stochastic, random_bits: 33}", "random_bits", "must be <= 32 (got 33)"),
+        ("weights", "{format: e2m1, flush_subnormals: inputs}", "flush_subnormals", "must be false, true, 'input' or"),
+        ("weights", "{format: mxfp4, scale: amax}", "scale", "must be 'none' with the block format 'mxfp4', whose"),
+        ("weights", "{format: mxfp4, granularity: channel}", "granularity", "must be 'tensor' with the block format"),
+        (
+            "weights",
+            "{format: {base: e4m3fn, alpha_codes: true}}",
+            "format",
+            "alpha_codes are allowed only for gradients",
+        ),
+        ("gradients", "{format: {base: e4m3fn, alpha_codes: true}}", "format", "alpha_codes are allowed only for"),
+        ("gradients", "{format: mxfp4, pruning: {sparsity: 0.5}}", "codec", "must be 'alpha' with pruning and a block"),
+        (
+            "gradients",
+            "{format: e5m2, granularity: channel, pruning: {sparsity: 0.5}}",
+            "granularity",
+            "'channel' with pruning needs codec alpha",
+        ),
+    ],
+)
+def test_keys_of_a_tensor_that_do_not_fit_together(role: str, text: str, key: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tensor(text, role)
+    (problem,) = caught.value.problems
+    assert problem.path == f"emulation.{role}.{key}"
+    assert problem.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("role", "text"),
+    [
+        ("weights", "{format: mxfp4, rounding: stochastic, random_bits: 8, flush_subnormals: true}"),
+        ("weights", "{format: e4m3fn, rounding: toward_zero, flush_subnormals: output}"),
+        ("gradients", "{format: {base: e4m3fn, alpha_codes: true}, pruning: {sparsity: 0.5}}"),
+        ("gradients", "{format: {base: e5m2, alpha_codes: true}, granularity: channel, pruning: {sparsity: 0.5}}"),
+        ("gradients", "{format: nvfp4, codec: alpha, pruning: {sparsity: 0.5}}"),
+        ("gradients", "{format: mxfp8_e5m2}"),
+    ],
+)
+def test_keys_of_a_tensor_that_fit_together(role: str, text: str) -> None:
+    spec = tensor(text, role)
+    assert number_format(spec.format) == number_format(type(spec)(**spec.model_dump()).format)
 
 
 # --- overrides ------------------------------------------------------------------------------------------------------
@@ -502,6 +745,23 @@ def test_schema_refuses(changes: dict[str, Any]) -> None:
     validator = jsonschema.Draft202012Validator(json_schema())
     assert validator.is_valid(base())
     assert not validator.is_valid(base() | changes)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "is_valid"),
+    [
+        ({"base": "mxfp4", "block_size": 16}, True),
+        ({"base": {"element": "e2m1", "block_size": 16}, "axis": 0}, True),
+        ({"element": {"base": "e3m2", "bias": 6}, "block_size": 8, "scale_rule": "rceil"}, True),
+        ({"exponent_bits": 4, "mantissa_bits": 3, "policy": "p3109", "alpha_codes": True}, True),
+        ({"base": "mxfp4", "block_size": 8, "exponent_bits": 3}, False),
+        ({"base": "mxfp4", "scale_rule": "flor"}, False),
+        ({"base": 3}, False),
+    ],
+)
+def test_schema_of_formats(fmt: dict[str, Any], is_valid: bool) -> None:
+    config = base() | {"emulation": {"weights": {"format": fmt, "flush_subnormals": "input"}}}
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(config) == is_valid
 
 
 def test_schema_file_is_up_to_date_and_describes_every_key() -> None:
