@@ -173,7 +173,7 @@ def checked_scales(number: float | None, scales: torch.Tensor | None, x: torch.T
         value = as_float32(number)
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"scale must be positive and finite, also as float32 (got {number!r})")
-        return Table(torch.from_numpy(np.full(1, value)).to(x.device), 1)
+        return Table(torch.full((1,), float(value), device=x.device), 1)
     if scales is None:
         return None
     if scales.is_complex() or scales.dtype == torch.bool:

@@ -299,7 +299,7 @@ def round_blocks(
 
 
 def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
-    pattern = torch.zeros(1, dtype=torch.uint32, device=x.device)
+    pattern = torch.zeros(1, dtype=torch.int32, device=x.device).view(torch.uint32)
     _launch("largest_patterns", x.numel(), x, MAGNITUDE if keeps_nan else INFINITY, pattern)
     return pattern.view(torch.float32)
 

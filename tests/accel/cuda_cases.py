@@ -1,0 +1,138 @@
+"""What CUDA and CPU kernels are compared on: the public operations, on small or large tensors of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+import accel
+
+Case = Callable[[torch.Tensor], Any]
+SPECIALS = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 2.0**-10, 448.0, 464.0, -465.0, 3e38]
+MODES = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
+WORDS = {"seed": 5, "stream": 6, "step": 7, "offset": 1237}
+E4M3_ALPHA = accel.format({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fn", "alpha_codes": True})
+
+
+def numbers(count: int) -> torch.Tensor:
+    """float32 of many magnitudes, with special values among them: shape (count,)."""
+    random = np.random.default_rng(0)
+    x = (random.normal(0, 30, count) * 2.0 ** random.integers(-12, 4, count)).astype(np.float32)
+    x[: len(SPECIALS)] = SPECIALS
+    return torch.from_numpy(x)
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """(name, operation) for every kernel; the tensor that they take has a multiple of 8 elements."""
+    for mode in MODES:
+        for fmt in ("e4m3fn", "int8", "binary8p1", "e8m0fnu"):
+            yield f"quantize {fmt} {mode}", _quantize(fmt, rounding=mode, overflow="ieee", **WORDS)
+        yield f"quantize scaled {mode}", _quantize("e5m2", rounding=mode, scale=0.3, **WORDS)
+        yield f"encode {mode}", _encode("e4m3fn", rounding=mode, **WORDS)
+        yield f"both {mode}", _both("e5m2", rounding=mode, scale=0.25, **WORDS)
+        yield f"prune_quantize {mode}", _prune_quantize("e5m2", rounding=mode, scale=0.3, **WORDS)
+        yield f"float64 {mode}", _double("e4m3fn", rounding=mode, **WORDS)
+    for mode in ("nearest_even", "stochastic", "up"):
+        for fmt, axis in (("mxfp4", -1), ("nvfp4", 0), ("mxint8", -1)):
+            blocks = {"base": fmt, "axis": axis, "block_size": 12}
+            yield f"blocks {fmt} {axis} {mode}", _quantize(blocks, rounding=mode, **WORDS)
+            yield f"encode blocks {fmt} {axis} {mode}", _encode_blocks(blocks, rounding=mode, **WORDS)
+    yield "encode int8", _encode("int8")
+    yield "encode uint8 up", _encode("uint8", rounding="up")
+    yield "both int8", _both("int8")
+    yield "prune_quantize int8", _prune_quantize("int8")
+    yield "prune_quantize int8 stochastic", _prune_quantize("int8", rounding="stochastic", **WORDS)
+    yield "prune", lambda x: accel.prune(x, 9.0, **WORDS)
+    yield "channel scales", _with_scales((8, 1))
+    yield "element scales", _with_scales((-1,))
+    yield "bfloat16", lambda x: accel.quantize(x.bfloat16(), "e4m3fn", rounding="stochastic")
+    yield "transposed", lambda x: accel.quantize(x.view(8, -1).t(), "e4m3fn", rounding="stochastic", **WORDS)
+    yield "16-bit codes", lambda x: _decoded(accel.encode(x, "bf16"), "bf16")
+    yield "32-bit codes", lambda x: _decoded(accel.encode(x, "tf32", rounding="up"), "tf32")
+    yield "alpha codes", _alpha_codes
+    yield "largest magnitude", lambda x: (accel.largest_magnitude(x), accel.largest_magnitude(x.nan_to_num()))
+    yield "empty", lambda x: accel.quantize(x[:0], "e4m3fn")
+    yield "0-d", lambda x: accel.quantize(x[7], "e4m3fn", rounding="stochastic", **WORDS)
+
+
+def _quantize(fmt: Any, **options: Any) -> Case:
+    return lambda x: accel.quantize(x.view(8, -1), fmt, **options)
+
+
+def _encode(fmt: Any, **options: Any) -> Case:
+    return lambda x: _decoded(accel.encode(x.nan_to_num(), fmt, **options), fmt)
+
+
+def _decoded(codes: torch.Tensor, fmt: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return codes, accel.decode(codes, fmt, scale=0.7)
+
+
+def _both(fmt: Any, **options: Any) -> Case:
+    return lambda x: accel.quantize_encode(x.nan_to_num(), fmt, **options)
+
+
+def _prune_quantize(fmt: Any, **options: Any) -> Case:
+    def call(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rounded, counts = accel.prune_quantize(x, 9.0, fmt, **options)
+        return rounded, counts.counts
+
+    return call
+
+
+def _double(fmt: Any, **options: Any) -> Case:
+    def call(x: torch.Tensor) -> Any:
+        wide = x.double() * (1 + 2.0**-40)
+        finite = wide.nan_to_num()
+        codes = accel.encode(finite, fmt, **options)
+        return accel.quantize(wide, fmt, **options), codes, accel.quantize_encode(finite, fmt, **options)
+
+    return call
+
+
+def _encode_blocks(fmt: Any, **options: Any) -> Case:
+    def call(x: torch.Tensor) -> Any:
+        encoded = accel.encode(x.view(8, -1), fmt, **options)
+        return encoded.codes, encoded.scales, accel.decode(encoded, fmt)
+
+    return call
+
+
+def _with_scales(shape: tuple[int, ...]) -> Case:
+    def call(x: torch.Tensor) -> Any:
+        rows = x.view(8, -1)
+        count = 8 if shape == (8, 1) else rows.shape[1]
+        scale = torch.linspace(0.1, 3, count, device=x.device).view(shape)
+        return accel.quantize(rows, "e4m3fn", scale=scale), accel.quantize(
+            rows, "e4m3fn", scale=scale, rounding="stochastic", **WORDS
+        )
+
+    return call
+
+
+def _alpha_codes(x: torch.Tensor) -> Any:
+    alpha = 0.7
+    pruned = accel.prune(x.nan_to_num(), alpha)
+    codes = accel.encode(pruned, E4M3_ALPHA, alpha=alpha)
+    return codes, accel.decode(codes, E4M3_ALPHA, alpha=alpha), accel.quantize(pruned, E4M3_ALPHA, alpha=alpha)
+
+
+def flattened(result: Any) -> list[torch.Tensor]:
+    """The tensors of a result, on the CPU."""
+    if isinstance(result, torch.Tensor):
+        return [result.cpu()]
+    return [tensor for part in result for tensor in flattened(part)]
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal shape, dtype and bits, all NaNs being one."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    if one.dtype.is_floating_point:
+        if not torch.equal(one.isnan(), other.isnan()):
+            return False
+        one, other = one.masked_fill(one.isnan(), 0.0), other.masked_fill(other.isnan(), 0.0)
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(words), other.contiguous().view(words))

@@ -1,0 +1,47 @@
+"""Every CUDA kernel in numba's simulator, bit for bit against the CPU: run with NUMBA_ENABLE_CUDASIM=1.
+
+Exits with 1, naming the cases, if bits differ or a kernel was not launched.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from accel import launch
+from accel.kernels import cpu, cuda
+from tests.accel.cuda_cases import Case, cases, flattened, numbers, same_bits
+
+COUNT = 8 * 41  # not a multiple of a warp, nor of the groups of the random words
+
+
+def on(backend: ModuleType, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
+    launch.backend = lambda _: backend  # type: ignore[assignment]
+    return flattened(case(x))
+
+
+def main() -> int:
+    assert cuda.SIMULATED, "set NUMBA_ENABLE_CUDASIM=1"
+    warnings.simplefilter("ignore", RuntimeWarning)  # overflowing casts into the simulator's arrays
+    launched: set[str] = set()
+    compiled = cuda.compiled
+    cuda.compiled = lambda name: launched.add(name) or compiled(name)  # type: ignore[func-returns-value,assignment]
+    x, wrong, count = numbers(COUNT), [], 0
+    for name, case in cases():
+        expected, found = on(cpu, case, x.clone()), on(cuda, case, x.clone())
+        count += 1
+        if len(expected) != len(found) or not all(map(same_bits, expected, found)):
+            wrong.append(name)
+    missing = sorted(set(cuda.LOOPS) - launched)
+    print(f"{count} cases, {len(launched)} kernels; differing: {wrong or 'none'}; not launched: {missing or 'none'}")
+    return 1 if wrong or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""CUDA without a GPU: every kernel in the simulator against the CPU's bits, and as PTX for three architectures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+import accel
+from accel import block_scaling
+from accel.block_formats import BlockFormat
+from accel.formats import Format
+from accel.rounding import parameters
+from accel.rounding_fast import fast_parameters, integer_parameters
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install 'fpsim[cuda]'")
+ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
+KEY = (0, np.uint64(0), np.uint64(0), np.uint64(0))
+
+
+def test_the_simulator_gives_the_bits_of_the_cpu() -> None:
+    program = Path(__file__).with_name("cuda_simulator.py")
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    result = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "differing: none; not launched: none" in result.stdout
+
+
+def scalar(name: str) -> Format:
+    fmt = accel.format(name)
+    assert isinstance(fmt, Format)
+    return fmt
+
+
+def blocks() -> BlockFormat:
+    fmt = accel.format("nvfp4")
+    assert isinstance(fmt, BlockFormat)
+    return fmt
+
+
+def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
+    """Values of the types that a kernel is launched with."""
+    reals = np.zeros(8, np.float64 if wide else np.float32)
+    bytes_ = np.zeros(8, np.uint8)
+    values = tuple(parameters(scalar("e5m2"), wide=wide))
+    method = re.search(r"fast_\w+$", name)
+    fields: tuple[Any, ...] = values
+    if method:
+        is_integer = method[0] == "fast_integer"
+        fields = tuple(integer_parameters(scalar("int8")) if is_integer else fast_parameters(scalar("e5m2")))
+    alpha, code = np.float32(1), np.uint32(1)
+    plain: dict[str, tuple[Any, ...]] = {
+        "largest_patterns": (reals, code, np.zeros(1, np.uint32)),
+        "decode": (bytes_, 0, reals, 1, reals, values),
+        "prune": (reals, 0, alpha, reals, *KEY),
+        "keep_alpha": (reals, alpha, reals),
+        "encode_alpha": (reals, alpha, bytes_, code, code),
+        "decode_alpha": (bytes_, code, code, alpha, reals),
+    }
+    if name in plain:
+        return plain[name]
+    if "_blocks_" in name:
+        scales = tuple(block_scaling.block_parameters(blocks())), tuple(block_scaling.scale_parameters(blocks()))
+        out = bytes_ if name.startswith("encode") else reals
+        return (reals, 1, 1, 1, 1, 1, reals, *scales, out, bytes_, *KEY, fields)
+    if name.startswith("both"):
+        return (reals, 0, reals, 1, reals, bytes_, values, *KEY, fields)
+    if name.startswith("prune"):
+        return (reals, 0, alpha, reals, 1, reals, np.zeros((2, 2), np.int64), *KEY, fields)
+    return (reals, 0, reals, 1, bytes_ if name.startswith("encode") else reals, *KEY, fields)
+
+
+def ptx_of(loop: Any, given: tuple[Any, ...], architecture: tuple[int, int]) -> str:
+    from numba import cuda
+
+    ptx, _ = cuda.compile_ptx(loop, tuple(numba.typeof(value) for value in given), cc=architecture)
+    return str(ptx)
+
+
+def fusible(ptx: str) -> list[str]:
+    """Additions and subtractions of a product: what the assembler may turn into one fused operation.
+
+    NVVM writes products without a rounding modifier, which allows it. In `round_stochastic` |x| in steps of the
+    smallest number is a product by powers of two, so exact, and its integer part is subtracted: fused or not, the same.
+    """
+    products, integers, found = set(), set(), []
+    for line in ptx.splitlines():
+        match = re.match(r"\s*(\w+)\.(?:\w+\.)*f32(?:\.s32)?\s+(%f\d+), (.*);", line)
+        if not match:
+            continue
+        operation, result, operands = match[1], match[2], re.findall(r"%[fr]\d+", match[3])
+        if operation == "mul":
+            products.add(result)
+        elif operation == "cvt":
+            integers.add(result)
+        elif operation in ("add", "sub") and products & set(operands):
+            is_exact = operation == "sub" and operands[0] in products and operands[1] in integers
+            found += [] if is_exact else [line.strip()]
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
+def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without float64, fused products, products that may still be fused, inexact divisions, or local memory."""
+    import numba.cuda.dispatcher
+
+    from accel.kernels import cuda
+
+    class Device:
+        compute_capability = architecture
+
+    monkeypatch.setattr(numba.cuda.dispatcher, "get_current_device", Device)
+    divisions = 0
+    for name, loop in cuda.LOOPS.items():
+        ptx = ptx_of(loop, arguments(name), architecture)
+        assert f".target sm_{architecture[0]}{architecture[1]}" in ptx
+        assert ".f64" not in ptx, name
+        assert not re.search(r"\bfma\b", ptx), name
+        assert ".local" not in ptx, name
+        assert fusible(ptx) == [], name
+        assert set(re.findall(r"\bdiv\.\w+(?:\.\w+)*\.f32", ptx)) <= {"div.rn.f32"}, name
+        divisions += ptx.count("div.rn.f32")
+        if re.search(r"^(quantize|encode|both)_(nearest|stochastic)$", name):
+            wide = ptx_of(loop, arguments(name, wide=True), architecture)
+            assert "div.rn.f64" in wide
+            assert not re.search(r"\bfma\b", wide), name
+    assert divisions > 20
+
+
+def test_fused_products_would_be_seen() -> None:
+    assert fusible("mul.f32 %f3, %f1, %f2;\nadd.f32 %f4, %f3, %f1;") == ["add.f32 %f4, %f3, %f1;"]
+    assert fusible("mul.f32 %f3, %f1, %f2;\nsub.f32 %f4, %f1, %f3;") == ["sub.f32 %f4, %f1, %f3;"]
+    exact = "mul.f32 %f3, %f1, %f2;\ncvt.rn.f32.s32 %f4, %r1;\nsub.f32 %f5, %f3, %f4;"
+    assert fusible(exact) == []
