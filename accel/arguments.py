@@ -12,7 +12,7 @@ import torch
 from accel.block_formats import BlockFormat
 from accel.formats import Format, nearest
 from accel.kernels.arguments import Key, Scales, Table
-from accel.launch import table_of
+from accel.launch import largest_magnitude, table_of
 from accel.presets import AnyFormat, Spec, format
 from accel.rounding import FLUSHES, OVERFLOWS, ROUNDINGS
 
@@ -121,7 +121,8 @@ def refuse_narrow(dtype: torch.dtype, fmt: AnyFormat) -> None:
 
 def refuse_nan(x: torch.Tensor, fmt: Format) -> None:
     """ValueError, naming the first index, for a NaN."""
-    if bool(torch.isnan(x).any()):
+    holds_nan = torch.isnan(x).any() if x.dtype == torch.float64 else torch.isnan(largest_magnitude(x, keeps_nan=True))
+    if bool(holds_nan):
         first = int(torch.isnan(x.reshape(-1)).nonzero()[0])
         raise ValueError(f"x holds a NaN at flat index {first}; format {fmt.name!r} has no NaN code")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from accel.block_formats import SCALE_RULES, BlockFormat
 from accel.kernels.jit import scalar
-from accel.rounding import Parameters, nearest_code, parameters, value_of
+from accel.rounding import Parameters, nearest_code, nearest_value, parameters
 from accel.words import bits_of, float_of, left, right
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -100,18 +100,29 @@ def power_of_two(exponent):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def amax_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
-    """The same for the rule `amax`. tensor_scale: 1, or the tensor's own scale; s: the scale format's Parameters."""
+def wanted_scale(amax, tensor_scale, b):  # type: ignore[no-untyped-def]
+    """What the rule `amax` rounds into the scale's format. tensor_scale: 1, or the tensor's own scale."""
     wanted = np.float32(np.float32(float_of(amax) / b.element_max) / tensor_scale)
-    code = nearest_code(wanted if wanted > b.least else b.least, NO_DRAW, s)
-    is_nan = amax > INFINITY
-    scale = np.float32(np.float32(value_of(code, s)) * tensor_scale)
-    return np.float32(np.nan) if is_nan else scale, b.nan_code if is_nan else code
+    return wanted if wanted > b.least else b.least
+
+
+@scalar
+def amax_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+    """The scale of a block by the rule `amax`: float32. s: the scale format's Parameters."""
+    scale = np.float32(nearest_value(wanted_scale(amax, tensor_scale, b), NO_DRAW, s) * tensor_scale)
+    return np.float32(np.nan) if amax > INFINITY else scale
+
+
+@scalar
+def amax_code(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+    """The code of that scale: uint32."""
+    code = nearest_code(wanted_scale(amax, tensor_scale, b), NO_DRAW, s)
+    return b.nan_code if amax > INFINITY else code
 
 
 @scalar
 def block_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
     """(scale, its code) by a block format's rule: float32, uint32."""
     if b.rule == AMAX:
-        return amax_scale(amax, tensor_scale, b, s)
+        return amax_scale(amax, tensor_scale, b, s), amax_code(amax, tensor_scale, b, s)
     return power_of_two_scale(amax, b)
