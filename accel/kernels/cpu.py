@@ -19,6 +19,11 @@ import numba
 import numpy as np
 import torch
 
+from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import get_or_insert_function
+from numba.extending import intrinsic
+
 from accel import block_scaling, rounding, rounding_fast
 from accel.block_formats import BlockFormat
 from accel.block_scaling import AMAX, BlockParameters, amax_code, amax_scale, power_of_two_scale
@@ -30,6 +35,7 @@ from accel.rounding_fast import FastParameters, IntegerParameters
 from accel.words import bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
+LINE_BYTES = 64  # of a cache
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
@@ -37,7 +43,8 @@ MAGNITUDE = rounding.MAGNITUDE_32
 INFINITY = block_scaling.INFINITY
 NO_DRAW = block_scaling.NO_DRAW
 UNSIGNED_ONE = np.uint64(1)
-ONE_ALPHA = np.uint32(1 << 16)
+NONZERO, NONZERO_ALPHA = np.uint32(1), np.uint32(1 << 16 | 1)
+LOW_HALF = np.uint32((1 << 16) - 1)
 
 # Where parameters of several kinds follow one another: a parallel loop takes no tuple but its last, flat one.
 VALUE_FIELDS = len(Parameters._fields)
@@ -82,8 +89,28 @@ def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHU
 # --- random words and scales of a chunk -----------------------------------------------------------------------------
 
 
+@intrinsic
+def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+    """Have the GROUP elements from array[index] on, which may be past the end, come into the cache."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        array_type, index = signature.args[0], arguments[1]
+        data = context.make_array(array_type)(context, builder, arguments[0]).data
+        number = ir.IntType(32)
+        elements = LINE_BYTES // context.get_abi_sizeof(context.get_data_type(array_type.dtype))
+        for step in range(0, GROUP, elements):
+            place = builder.gep(data, [builder.add(index, index.type(step))])
+            place = builder.bitcast(place, ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+            hint = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            builder.call(hint, [place, number(1), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), emit
+
+
 @scalar
-def fill_draws(draws, index, count, seed, stream, step):  # type: ignore[no-untyped-def]
+def fill_draws(draws, index, count, seed, stream, step, source, target):  # type: ignore[no-untyped-def]
     """Random words of the elements index .. index + count (rounded out to groups of 64); returns where `index` lies."""
     first = index // GROUP
     groups = (index + count + GROUP - 1) // GROUP - first
@@ -93,6 +120,8 @@ def fill_draws(draws, index, count, seed, stream, step):  # type: ignore[no-unty
         counter = np.uint64((first + g) * 16)
         low, high = counter & LOW_WORD, counter >> np.uint64(32)
         base = g * GROUP
+        prefetch(source, base)
+        prefetch(target, base)
         for j in range(16):
             w0, w1, w2, w3 = philox4x32(low | np.uint64(j), high, stream, step, k0, k1)
             draws[base + j] = np.uint32(w0)
@@ -132,7 +161,7 @@ def random_words(start, stop, out, offset, seed, stream, step):  # type: ignore[
     draws = np.empty(CHUNK + GROUP, np.uint32)
     for low in range(start, stop, CHUNK):
         count = min(CHUNK, stop - low)
-        skip = fill_draws(draws, offset + low, count, seed, stream, step)
+        skip = fill_draws(draws, offset + low, count, seed, stream, step, out[low:], out[low:])
         out[low : low + count] = draws[skip : skip + count]
 
 
@@ -158,7 +187,7 @@ def _round(start, stop, x, first, scales, row_length, out, offset, seed, stream,
         high = min(low + CHUNK, stop)
         skip = 0
         if DRAWS:  # noqa: F821
-            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step, x[low:], out[low:])
         source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
         if scales.size == 0:
             round_plain(source, target, drawn, p)  # noqa: F821
@@ -229,7 +258,7 @@ def _round_blocks(  # type: ignore[no-untyped-def]
                 scale_codes[block + k] = codes[k]
         skip = 0
         if DRAWS:  # noqa: F821
-            skip = fill_draws(draws, offset + low, high - low, seed, stream, step)
+            skip = fill_draws(draws, offset + low, high - low, seed, stream, step, x[low:], out[low:])
         drawn = draws[skip : skip + high - low]
         round_scaled(x[low:high], out[low:high], drawn, factors[: high - low], is_exact, p)  # noqa: F821
         low, block = high, block + blocks
@@ -322,7 +351,7 @@ def _round_columns(  # type: ignore[no-untyped-def]
                 low = row * inner + left
                 skip = 0
                 if DRAWS:  # noqa: F821
-                    skip = fill_draws(draws, offset + low, width, seed, stream, step)
+                    skip = fill_draws(draws, offset + low, width, seed, stream, step, x[low:], out[low:])
                 drawn = draws[skip : skip + width]
                 round_scaled(x[low : low + width], out[low : low + width], drawn, factors[:width], is_exact, p)  # noqa: F821
 
@@ -361,7 +390,7 @@ def _round_both(  # type: ignore[no-untyped-def]
         high = min(low + CHUNK, stop)
         skip = 0
         if DRAWS:  # noqa: F821
-            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+            skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step, x[low:], out[low:])
         if scales.size > 1 or (scales.size == 1 and low == start):
             is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
         drawn, used = draws[skip : skip + high - low], factors[: high - low]
@@ -394,7 +423,7 @@ def prune(start, stop, x, first, alpha, out, offset, seed, stream, step):  # typ
     draws = np.empty(CHUNK + GROUP, np.uint32)
     for low in range(start, stop, CHUNK):
         high = min(low + CHUNK, stop)
-        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
+        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step, x[low:], out[low:])
         source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
         for i in range(source.size):
             target[i] = prune_stochastic(source[i], drawn[i], alpha)
@@ -406,30 +435,51 @@ def is_alpha(value, alpha):  # type: ignore[no-untyped-def]
 
 
 @scalar
+def survivor(kept, rounded, alpha):  # type: ignore[no-untyped-def]
+    return kept if is_alpha(kept, alpha) else rounded
+
+
+@scalar
 def tally(value, alpha):  # type: ignore[no-untyped-def]
     """1 for a nonzero, and 2^16 more for +-alpha: both counts of a chunk in one number a vector lane."""
-    is_nonzero = np.uint32(1) if bits_of(value) != np.uint32(0) else np.uint32(0)
-    return np.uint32(is_nonzero | (ONE_ALPHA if is_alpha(value, alpha) else np.uint32(0)))
+    weight = NONZERO_ALPHA if is_alpha(value, alpha) else NONZERO
+    return weight if bits_of(value) != np.uint32(0) else np.uint32(0)
 
 
-def _prune_round_rows(source, target, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
+def _prune_round_by_one(source, target, drawn, factor, alpha, p):  # type: ignore[no-untyped-def]
+    counts = np.uint32(0)
+    if has_exact_inverse(factor):
+        inverse = inverse_power(factor)
+        for i in range(source.size):
+            kept = prune_stochastic(source[i], drawn[i], alpha)
+            rounded = np.float32(transform(np.float32(kept * inverse), drawn[i], p) * factor)  # noqa: F821
+            target[i] = survivor(kept, rounded, alpha)
+            counts = np.uint32(counts + tally(target[i], alpha))
+    else:
+        for i in range(source.size):
+            kept = prune_stochastic(source[i], drawn[i], alpha)
+            rounded = np.float32(transform(np.float32(kept / factor), drawn[i], p) * factor)  # noqa: F821
+            target[i] = survivor(kept, rounded, alpha)
+            counts = np.uint32(counts + tally(target[i], alpha))
+    return counts
+
+
+def _prune_round_scaled(source, target, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
     counts = np.uint32(0)
     if is_exact:
         for i in range(source.size):
             kept = prune_stochastic(source[i], drawn[i], alpha)
             x = np.float32(kept * inverse_power(factors[i]))
-            value = np.float32(transform(x, drawn[i], p) * factors[i])  # noqa: F821
-            value = kept if is_alpha(kept, alpha) else value
-            target[i] = value
-            counts = np.uint32(counts + tally(value, alpha))
+            rounded = np.float32(transform(x, drawn[i], p) * factors[i])  # noqa: F821
+            target[i] = survivor(kept, rounded, alpha)
+            counts = np.uint32(counts + tally(target[i], alpha))
     else:
         for i in range(source.size):
             kept = prune_stochastic(source[i], drawn[i], alpha)
-            value = np.float32(transform(np.float32(kept / factors[i]), drawn[i], p) * factors[i])  # noqa: F821
-            value = kept if is_alpha(kept, alpha) else value
-            target[i] = value
-            counts = np.uint32(counts + tally(value, alpha))
-    return np.int64(counts & np.uint32(ONE_ALPHA - np.uint32(1))), np.int64(counts >> np.uint32(16))
+            rounded = np.float32(transform(np.float32(kept / factors[i]), drawn[i], p) * factors[i])  # noqa: F821
+            target[i] = survivor(kept, rounded, alpha)
+            counts = np.uint32(counts + tally(target[i], alpha))
+    return counts
 
 
 def _prune_round(  # type: ignore[no-untyped-def]
@@ -438,20 +488,21 @@ def _prune_round(  # type: ignore[no-untyped-def]
     """Prune, then round the survivors (+-alpha is never rounded); counts of nonzeros and +-alpha a block of CHUNK."""
     p = PARAMETERS(*fields)  # noqa: F821
     draws = np.empty(CHUNK + GROUP, np.uint32)
-    factors = np.ones(CHUNK, np.float32)
-    is_exact = True
+    factors = np.empty(CHUNK, np.float32)
+    factor = scales[0] if scales.size else np.float32(1)
     low = start
     while low < stop:
         block = (first + low) // CHUNK
         high = min((block + 1) * CHUNK - first, stop)
-        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step)
-        if scales.size > 0:
+        skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step, x[low:], out[low:])
+        source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
+        if scales.size <= 1:
+            counts = prune_round_by_one(source, target, drawn, factor, alpha, p)  # noqa: F821
+        else:
             is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
-        found = prune_round_rows(  # noqa: F821
-            x[low:high], out[low:high], draws[skip : skip + high - low], factors[: high - low], is_exact, alpha, p
-        )
-        nonzeros[block] += found[0]
-        alphas[block] += found[1]
+            counts = prune_round_scaled(source, target, drawn, factors[: high - low], is_exact, alpha, p)  # noqa: F821
+        nonzeros[block] += np.int64(counts & LOW_HALF)
+        alphas[block] += np.int64(counts >> np.uint32(16))
         low = high
 
 
@@ -512,8 +563,11 @@ def _kernels(method: str) -> dict[str, Kernel]:
         kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
         kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
     kernels["both"] = kernel(_round_both, f"both_{method}", **bound)  # bound to the code function
-    rows = _bound(_prune_round_rows, f"prune_{method}_rows", transform=value)
-    kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", prune_round_rows=rows, **bound)
+    rows = {
+        "prune_round_by_one": _bound(_prune_round_by_one, f"prune_{method}_by_one", transform=value),
+        "prune_round_scaled": _bound(_prune_round_scaled, f"prune_{method}_scaled", transform=value),
+    }
+    kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", **rows, **bound)
     return kernels
 
 

@@ -62,7 +62,7 @@ def _parallel(arguments, bounds):  # type: ignore[no-untyped-def]
 
 def scalar(function: Callable[..., Any]) -> Any:
     """Compile one scalar function, callable from CPU loops and from CUDA kernels alike."""
-    return numba.njit(function, error_model="numpy")
+    return numba.njit(function, error_model="numpy", forceinline=True)
 
 
 def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
