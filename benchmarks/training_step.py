@@ -33,6 +33,7 @@ CASES: dict[str, tuple[tuple[int, int, int], int, int, float | None]] = {
     "width 64, batch 128, 3x32x32": ((3, 32, 32), 64, 128, 1.15),
     "width 16, batch 64, 1x28x28 (quickstart)": ((1, 28, 28), 16, 64, None),
 }
+QUICK_CASE = "width 16, batch 128, 3x32x32"
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "quantize weights and activations": [(accel, "quantize")],
     "prune + quantize gradients": [(accel, "prune_quantize")],
@@ -112,14 +113,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=50, help="steps of each kind (default 50: one ledger sample)")
     parser.add_argument("--case", choices=list(CASES), action="append", help="only this case (may be repeated)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help=f"only the case {QUICK_CASE!r}")
+    parser.add_argument("--json", type=Path, help="where the figures go (of a whole run: results/)")
     arguments = parser.parse_args()
     keep_freed_memory()  # for both, as `fpsim run` does for every run
     description = machine()
     print_lines(description)
     document: dict[str, Any] = {"machine": description, "cases": {}}
     rows, profiles = [], []
-    for name in arguments.case or CASES:
+    cases = arguments.case or ([QUICK_CASE] if arguments.quick else list(CASES))
+    for name in cases:
         shape, width, batch, target = CASES[name]
         plain, emulated = (training_step(shape, width, batch, kind) for kind in (None, "fp8-training"))
         times = alternate({"emulated": emulated, "plain": plain}, arguments.repeats, warm_ups=3)
@@ -141,7 +144,8 @@ def main() -> None:
     columns = ["ResNet18", "plain ms", "emulated ms", "ratio of medians", "of means", "target", "met"]
     print_table("Training step, emulated (fp8-training) over plain float32", columns, rows)
     print_table("Where the difference goes, mean ms a step", ["ResNet18", *PARTS, "everything else"], profiles)
-    write_json(arguments.json or results_path("training_step", description["processor"]), document)
+    if arguments.json or len(cases) == len(CASES):
+        write_json(arguments.json or results_path("training_step", description["processor"]), document)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,17 @@ def conformance(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    full: Annotated[bool, typer.Option("--full", help="Every row, other libraries and first calls: an hour.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the figures, as JSON.")] = Path("bench"),
+) -> None:
+    """Measure this machine: operations as multiples of a copy, an emulated training step over a plain one."""
+    from fpsim.bench import run as measure
+
+    measure(full, output)
+
+
 def main() -> None:
     """Entry point: exit code 0, 1 for a failure, 2 for the user's mistake."""
     try:

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 import accel
-from fpsim import cli, conformance, runner
+from fpsim import bench, cli, conformance, runner
 from fpsim.config import Config, load_config, presets
 from fpsim.report import load_results
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
-VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats", "conformance"]
+VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats", "conformance", "bench"]
 CONFIG = """\
 name: tiny
 threads: 1
@@ -366,6 +366,26 @@ def test_a_mistake_in_a_format_file(fpsim: Fpsim, tmp_path: Path) -> None:
     code, out, err = fpsim("formats", "own.yaml")
     assert (code, out) == (2, "")
     assert err == "own.yaml:2:1: blok_size: unknown key; did you mean 'block_size'?\n    blok_size: 16\n    ^\n"
+
+
+def test_bench_runs_every_script(
+    fpsim: Fpsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = "import sys, json; json.dump(sys.argv[1:-2], open(sys.argv[-1], 'w')); print('ran'); sys.exit(CODE)"
+    codes = {"elementwise": "0", "training_step": "3", "gpu": "2"}  # 2 of the last: no such device
+    for name, code in codes.items():
+        (tmp_path / f"{name}.py").write_text(script.replace("CODE", code))
+    monkeypatch.setattr(bench, "scripts_folder", lambda: tmp_path)
+    code, _, err = fpsim("bench")
+    assert (code, err) == (1, "fpsim: benchmarks failed: training_step (exit code 3)\n")
+    assert fpsim("bench", "--full", "--output", "all").code == 1
+    for name, (quick, full) in bench.SCRIPTS.items():
+        assert json.loads((tmp_path / "bench" / f"{name}.json").read_text()) == quick
+        assert json.loads((tmp_path / "all" / f"{name}.json").read_text()) == full
+
+
+def test_bench_finds_its_scripts() -> None:
+    assert {path.stem for path in bench.scripts_folder().glob("*.py")} >= set(bench.SCRIPTS)
 
 
 def test_conformance(fpsim: Fpsim, monkeypatch: pytest.MonkeyPatch) -> None:
