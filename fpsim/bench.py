@@ -34,7 +34,11 @@ def run(full: bool, output: Path) -> None:
     failed = []
     for script, (quick_arguments, full_arguments) in SCRIPTS.items():
         print(f"\n=== {script}", flush=True)
-        command = [sys.executable, str(scripts_folder() / f"{script}.py"), *(full_arguments if full else quick_arguments)]
+        command = [
+            sys.executable,
+            str(scripts_folder() / f"{script}.py"),
+            *(full_arguments if full else quick_arguments),
+        ]
         code = subprocess.run([*command, "--json", str(output / f"{script}.json")]).returncode
         if code and not (script == "gpu" and code == NO_DEVICE):
             failed.append(f"{script} (exit code {code})")

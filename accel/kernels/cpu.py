@@ -18,7 +18,6 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-
 from llvmlite import ir
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numba.core.config
 from llvmlite.binding import get_host_cpu_name
+from numba._dispatcher import compute_fingerprint
+from numba.core import types
+from numba.core.cgutils import unpack_tuple
 from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
 
 
 def _cache_folder() -> str:
@@ -41,6 +45,7 @@ def _is_writable(folder: str) -> bool:
 
 CACHE_FOLDER = _cache_folder()
 CACHED = _is_writable(CACHE_FOLDER)  # elsewhere numba would cache beside the sources, where no digest tells stale bits
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": CACHED}
 config: Any = numba.core.config  # has no type stubs
 if config.CPU_NAME is None and config.CPU_FEATURES is None and "+avx512f" in get_host_cpu_features():
     # Processors for which LLVM prefers vectors of 256 bits run these loops up to a third slower with them.
@@ -48,16 +53,35 @@ if config.CPU_NAME is None and config.CPU_FEATURES is None and "+avx512f" in get
 config.PARFOR_MAX_TUPLE_SIZE = 256  # the parameters of a block format, its scale's and its elements' go in one tuple
 
 
-class Kernel(NamedTuple):
-    """A loop over a piece of the work, `serial(start, stop, *arguments)`, and the same over many pieces at once."""
+class Kernel:
+    """A loop over a piece of the work, `serial(start, stop, *arguments)`, and the same over many pieces at once.
 
-    serial: Callable[..., None]
-    parallel: Callable[..., None]  # parallel(arguments, bounds): the pieces bounds[i] .. bounds[i + 1]
+    The parallel loop calls the serial one by its address. Called by its name, it would be compiled into each kernel's
+    parallel form once more, which took longer than the kernel itself.
+    """
+
+    def __init__(self, serial: Any):
+        self.serial = serial
+        self._addresses: dict[bytes, int] = {}  # of the compiled loop, by the kinds of the arguments
+
+    def parallel(self, arguments: tuple[Any, ...], bounds: Any) -> None:
+        """The pieces bounds[i] .. bounds[i + 1], on as many threads as numba is set to."""
+        kinds = compute_fingerprint(arguments)
+        if kinds not in self._addresses:
+            self._addresses[kinds] = self._address(arguments)
+        _on_threads(self._addresses[kinds], arguments, bounds)
+
+    def _address(self, arguments: tuple[Any, ...]) -> int:
+        self.serial(0, 0, *arguments)  # compiles it, or finds it in the cache
+        wanted = tuple(numba.typeof(argument) for argument in (0, 0, *arguments))
+        (compiled,) = (one for kinds, one in self.serial.overloads.items() if _spread(kinds) == wanted)
+        return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name))
 
 
-def _parallel(arguments, bounds):  # type: ignore[no-untyped-def]
-    for piece in numba.prange(len(bounds) - 1):
-        serial(bounds[piece], bounds[piece + 1], *arguments)  # noqa: F821
+def _spread(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Types of arguments, those that a *parameter takes in line with the others."""
+    ends_in_tuple = isinstance(kinds[-1], types.BaseTuple)
+    return kinds[:-1] + tuple(kinds[-1]) if ends_in_tuple else kinds
 
 
 def scalar(function: Callable[..., Any]) -> Any:
@@ -68,16 +92,12 @@ def scalar(function: Callable[..., Any]) -> Any:
 def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
     """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk.
 
-    bound: what names that the loop uses mean, for loops over several scalar functions; each such kernel has a `name`.
-    The parallel form finds its loop as a global, not in a closure: numba does not cache closures over functions. Every
-    form bears a name of its own because numba tells cached functions apart by name.
+    bound: what names that the loop uses mean, for loops over several scalar functions; each such kernel has a `name`,
+    because numba tells cached functions apart by name.
     """
     name = name or loop.__name__
     with cache_in(CACHE_FOLDER):
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": CACHED}
-        serial = numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **options)
-        whole = renamed(_parallel, f"{name}_parallel", {"numba": numba, "serial": serial}, loop.__module__)
-        return Kernel(serial, numba.njit(whole, parallel=True, **options))
+        return Kernel(numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **OPTIONS))
 
 
 @contextmanager
@@ -91,11 +111,37 @@ def cache_in(folder: str) -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-def renamed(
-    function: Callable[..., Any], name: str, names: dict[str, Any], module: str | None = None
-) -> Callable[..., Any]:
+def renamed(function: Callable[..., Any], name: str, names: dict[str, Any]) -> Callable[..., Any]:
     """`function` under another name and with other globals."""
     copy = FunctionType(function.__code__, names, name)
-    copy.__module__ = module or function.__module__
+    copy.__module__ = function.__module__
     copy.__qualname__ = f"{copy.__module__}.{name}"
     return copy
+
+
+@intrinsic
+def _call(typing_context, address, start, stop, arguments):  # type: ignore[no-untyped-def]
+    """Call the compiled loop at `address` with (start, stop, *arguments), which must be of the types it has."""
+    kinds = (start, stop, *arguments)
+
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        address, start, stop, arguments = values
+        convention = context.call_conv
+        kind = convention.get_function_type(types.none, kinds)
+        function = builder.inttoptr(address, kind.as_pointer())
+        flat = [start, stop, *unpack_tuple(builder, arguments)]
+        status, _ = convention.call_function(builder, function, types.none, kinds, flat)
+        with builder.if_then(status.is_error, likely=False):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(address, start, stop, arguments), emit
+
+
+def _pieces(address, arguments, bounds):  # type: ignore[no-untyped-def]
+    for piece in numba.prange(len(bounds) - 1):
+        _call(address, bounds[piece], bounds[piece + 1], arguments)
+
+
+with cache_in(CACHE_FOLDER):
+    _on_threads = numba.njit(_pieces, parallel=True, **OPTIONS)

@@ -368,9 +368,7 @@ def test_a_mistake_in_a_format_file(fpsim: Fpsim, tmp_path: Path) -> None:
     assert err == "own.yaml:2:1: blok_size: unknown key; did you mean 'block_size'?\n    blok_size: 16\n    ^\n"
 
 
-def test_bench_runs_every_script(
-    fpsim: Fpsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_runs_every_script(fpsim: Fpsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys, json; json.dump(sys.argv[1:-2], open(sys.argv[-1], 'w')); print('ran'); sys.exit(CODE)"
     codes = {"elementwise": "0", "training_step": "3", "gpu": "2"}  # 2 of the last: no such device
     for name, code in codes.items():
