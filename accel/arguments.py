@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from accel.block_formats import BlockFormat
 from accel.formats import Format, nearest
-from accel.kernels.arguments import Key, Scales, Table
+from accel.kernels.arguments import Key, Scales
 from accel.launch import largest_magnitude, table_of
 from accel.presets import AnyFormat, Spec, format
 from accel.rounding import FLUSHES, OVERFLOWS, ROUNDINGS
@@ -19,6 +21,7 @@ from accel.rounding import FLUSHES, OVERFLOWS, ROUNDINGS
 CARRIERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GRADIENTS = ("straight_through", "clipped")
 DEVICES = ("cpu", "cuda")
+BEYOND_FLOAT32 = 2.0**128 - 2.0**103  # from here on, numbers round to infinity
 LARGEST = float(np.finfo(np.float32).max)
 
 Scale = float | torch.Tensor | npt.NDArray[Any] | None
@@ -43,12 +46,19 @@ def checked_options(rounding: str, overflow: str, random_bits: int, flush_subnor
 
 
 def checked_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    names = list(allowed)
-    if value not in names:
+    if value not in (names := tuple(allowed)):
         raise ValueError(f"unknown {name} {value!r}{nearest(value, names)}; allowed: {', '.join(map(repr, names))}")
 
 
 def checked_words(seed: int, stream: int, step: int, offset: int) -> None:
+    if (
+        type(seed) is type(stream) is type(step) is type(offset) is int
+        and 0 <= seed < 1 << 64
+        and 0 <= stream < 1 << 32
+        and 0 <= step < 1 << 32
+        and 0 <= offset < 1 << 62
+    ):
+        return
     for name, value, bits in (("seed", seed, 64), ("stream", stream, 32), ("step", step, 32), ("offset", offset, 62)):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be an integer from 0 to 2^{bits} - 1 (got {value!r})")
@@ -75,7 +85,8 @@ def as_tensor(x: torch.Tensor | npt.NDArray[Any], name: str) -> torch.Tensor:
         raise TypeError(f"{name} must be a dense (strided) tensor (got {x.layout})")
     if x.device.type not in DEVICES:
         raise TypeError(f"{name} must be on the CPU or a CUDA device (got {x.device})")
-    return x.detach() if name == "out" else x.detach().resolve_neg()
+    x = x.detach() if x.requires_grad else x
+    return x.resolve_neg() if name != "out" and x.is_neg() else x
 
 
 def checked_tensor(x: torch.Tensor | npt.NDArray[Any], name: str = "x") -> torch.Tensor:
@@ -109,6 +120,7 @@ def code_dtype(fmt: Format) -> torch.dtype:
     return torch.uint8 if fmt.bits <= 8 else torch.uint16 if fmt.bits <= 16 else torch.uint32
 
 
+@cache
 def refuse_narrow(dtype: torch.dtype, fmt: AnyFormat) -> None:
     """ValueError unless `dtype` holds every value of a scalar format."""
     if isinstance(fmt, BlockFormat):
@@ -129,7 +141,7 @@ def refuse_nan(x: torch.Tensor, fmt: Format) -> None:
 
 def checked_alpha(alpha: float) -> np.float32:
     value = as_float32(alpha)
-    if not (np.isfinite(value) and value >= 0):
+    if not 0 <= value <= LARGEST:
         raise ValueError(f"alpha must be one number, finite and not negative, also as float32 (got {alpha!r})")
     return value
 
@@ -148,10 +160,10 @@ def as_float32(number: object) -> np.float32:
     if isinstance(number, bool | str | bytes):
         return np.float32(np.nan)
     try:
-        with np.errstate(over="ignore"):
-            return np.float32(float(number))  # type: ignore[arg-type]
+        value = float(number)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return np.float32(np.nan)
+    return np.float32(value if abs(value) < BEYOND_FLOAT32 or value != value else math.copysign(math.inf, value))
 
 
 def split_scale(scale: Scale) -> tuple[float | None, torch.Tensor | None]:
@@ -168,13 +180,17 @@ def split_scale(scale: Scale) -> tuple[float | None, torch.Tensor | None]:
         return float("inf"), None
 
 
+def checked_scale(number: float) -> np.float32:
+    value = as_float32(number)
+    if not 0 < value <= LARGEST:
+        raise ValueError(f"scale must be positive and finite, also as float32 (got {number!r})")
+    return value
+
+
 def checked_scales(number: float | None, scales: torch.Tensor | None, x: torch.Tensor) -> Scales:
-    """The scales of x as rows. Values of a tensor are checked on the CPU only: on a GPU that would wait for them."""
+    """The scales of x, of which one is given at most. Values on a GPU are not checked: that would wait for them."""
     if number is not None:
-        value = as_float32(number)
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"scale must be positive and finite, also as float32 (got {number!r})")
-        return Table(torch.full((1,), float(value), device=x.device), 1)
+        return checked_scale(number)
     if scales is None:
         return None
     if scales.is_complex() or scales.dtype == torch.bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import cache, reduce
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,7 @@ from accel.formats import Format
 from accel.kernels import cpu
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.rounding import needs_wide, parameters
-from accel.rounding_fast import fast_parameters, integer_parameters, is_fast, is_fast_integer
+from accel.rounding_fast import fast_parameters, integer_parameters, is_fast, is_fast_integer, is_narrow
 
 PIECE = 1 << 18  # a multiple of the kernels' chunk
 NO_KEY = Key(0, np.uint64(0), np.uint64(0), np.uint64(0))
@@ -36,6 +36,7 @@ def backend(x: torch.Tensor) -> ModuleType:
     return cpu
 
 
+@cache
 def method_of(
     fmt: Format,
     rounding: str,
@@ -47,7 +48,8 @@ def method_of(
     """The name of the kernels that round `dtype` into `fmt`, and their parameters."""
     kind = "stochastic" if rounding == "stochastic" else "nearest"
     if dtype == torch.float32 and is_fast(fmt, rounding, flush_subnormals):
-        return f"fast_{kind}", fast_parameters(fmt, overflow, random_bits)
+        is_short = rounding == "nearest_even" and is_narrow(fmt)
+        return "fast_narrow" if is_short else f"fast_{kind}", fast_parameters(fmt, overflow, random_bits)
     if dtype == torch.float32 and is_fast_integer(fmt, rounding):
         return "fast_integer", integer_parameters(fmt)
     wide = dtype == torch.float64 or needs_wide(fmt)
@@ -60,7 +62,7 @@ def round_into(
     """out = s Q(x / s) for operation "quantize", the codes of Q(x / s) for "encode"."""
     name, fields = method
     launch = backend(x).round_elements
-    in_any_order = not name.endswith("stochastic") and (scales is None or scales.values.numel() == 1)
+    in_any_order = not name.endswith("stochastic") and (not isinstance(scales, Table) or scales.values.numel() == 1)
     for source, target, first in pieces(x, out, work_dtype(x), in_any_order):
         launch(operation, name, source, first, scales, target, key, fields)
 
@@ -246,20 +248,23 @@ def is_row_major(order: tuple[int, ...]) -> bool:
 
 def may_overlap(x: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether writing `out` element by element could change elements of x that are still to be read."""
-    if x.device != out.device or x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
-        return False
-    is_same = x.data_ptr() == out.data_ptr() and x.dtype == out.dtype and x.stride() == out.stride()
-    if is_same and x.shape == out.shape:
+    if x.device != out.device:
         return False
     (x_start, x_stop), (out_start, out_stop) = _extent(x), _extent(out)
-    return x_start < out_stop and out_start < x_stop
+    if x_stop <= out_start or out_stop <= x_start:
+        return False
+    is_same = x_start == out_start and x.dtype == out.dtype and x.stride() == out.stride() and x.shape == out.shape
+    return not is_same
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
-    if x.numel() == 0:
+    start, count = x.data_ptr(), x.numel()
+    if count == 0:
         return 0, 0
+    if x.is_contiguous():
+        return start, start + count * x.element_size()
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    return start, start + (last + 1) * x.element_size()
 
 
 def layout_of(shape: tuple[int, ...] | torch.Size, axis: int, fmt: BlockFormat) -> Layout:

@@ -26,6 +26,7 @@ from accel.arguments import (
     checked_alpha,
     checked_choice,
     checked_options,
+    checked_scale,
     checked_scales,
     checked_tensor,
     key_of,
@@ -83,9 +84,7 @@ def tensor_scale(x: Tensor, fmt: BlockFormat, given: float | None) -> Tensor:
     if not fmt.tensor_scale:
         return torch.ones(1, device=x.device)
     if given is not None:
-        table = checked_scales(given, None, x)
-        assert table is not None
-        return table.values
+        return torch.full((1,), float(checked_scale(given)), device=x.device)
     largest = launch.largest_magnitude(x, keeps_nan=False).clamp(max=LARGEST)
     scale = (largest / (fmt.element.max * fmt.scale.max)).clamp(min=2.0**-126)
     return torch.where(largest > 0, scale, 1.0)

@@ -51,6 +51,8 @@ class FastParameters(NamedTuple):
     step: np.float32  # the smallest positive number
     max: np.float32
     overflow: np.float32  # what replaces a result beyond max
+    limit: np.float32  # the power of two above max
+    shifter: np.uint32  # added to the pattern of 2^e: 1.5 * 2^(e + 23 - M), whose unit in the last place is 2^(e - M)
     signed_from: np.uint32  # added to a magnitude, sets the top bit where a sign is kept: from 0, or from 1 without -0
     code_offset: np.uint32  # float32 exponent bias minus the format's, in units of a code
     step_shift: np.uint32  # smallest number to its code: 0, or M without subnormals
@@ -90,6 +92,12 @@ def is_fast(fmt: Format, rounding: str, flush_subnormals: bool | str) -> bool:
     return rounding in FAST_ROUNDINGS and not flush_subnormals and is_ordinary and is_in_range
 
 
+def is_narrow(fmt: Format) -> bool:
+    """Whether `fmt`, one that `is_fast`, leaves float32 room for a shifter above its largest number."""
+    has_room = fmt.max_exponent + 25 - fmt.mantissa_bits <= 127
+    return fmt.subnormals and has_room and fmt.mantissa_bits <= 21
+
+
 @cache
 def fast_parameters(fmt: Format, overflow: str = "saturate", random_bits: int = 32) -> FastParameters:
     """The run-time numbers of `fmt` under an overflow policy and a draw width."""
@@ -119,6 +127,8 @@ def fast_parameters(fmt: Format, overflow: str = "saturate", random_bits: int = 
         step=f32(fmt.min_subnormal),
         max=f32(fmt.max),
         overflow=f32(beyond),
+        limit=f32(2.0 ** min(fmt.max_exponent + 1, 127)),
+        shifter=u32((shift << 23) + (1 << 22)),
         signed_from=u32(0x80000000 if fmt.has_negative_zero else 0x7FFFFFFF),
         code_offset=u32((127 - fmt.bias) << fmt.mantissa_bits & 0xFFFFFFFF),
         step_shift=u32(0 if fmt.subnormals else fmt.mantissa_bits),
@@ -162,10 +172,16 @@ def finish(pattern, steps, x, p):  # type: ignore[no-untyped-def]
     magnitude = np.uint32(bits & MAGNITUDE)
     subnormal = np.float32(np.float32(np.int32(steps)) * p.step)
     rounded = subnormal if float_of(magnitude) < p.min_normal else float_of(np.uint32(pattern & p.keep))
-    rounded = p.overflow if rounded > p.max else rounded
-    rounded = bits_of(rounded)
+    return signed_value(rounded, bits, p)
+
+
+@scalar
+def signed_value(rounded, bits, p):  # type: ignore[no-untyped-def]
+    """The rounded magnitude with overflow, NaN and sign of the x whose pattern is `bits` applied."""
+    rounded = bits_of(p.overflow if rounded > p.max else rounded)
     sign = np.uint32(np.uint32(bits & SIGN) & np.uint32(rounded + p.signed_from))
-    return np.float32(NOT_A_NUMBER if magnitude > INFINITY else float_of(np.uint32(rounded | sign)))
+    value = float_of(np.uint32(rounded | sign))
+    return np.float32(NOT_A_NUMBER if np.uint32(bits & MAGNITUDE) > INFINITY else value)
 
 
 @scalar
@@ -185,6 +201,18 @@ def code_of(pattern, steps, x, p):  # type: ignore[no-untyped-def]
 def fast_nearest_value(x, draw, p):  # type: ignore[no-untyped-def]
     pattern, steps = round_nearest_even(x, p)
     return finish(pattern, steps, x, p)
+
+
+@scalar
+def fast_narrow_value(x, draw, p):  # type: ignore[no-untyped-def]
+    bits = bits_of(x)
+    magnitude = float_of(np.uint32(bits & MAGNITUDE))
+    limited = p.limit if magnitude > p.limit else magnitude
+    power = float_of(np.uint32(bits_of(limited) & INFINITY))
+    power = p.min_normal if power < p.min_normal else power
+    shifter = float_of(np.uint32(bits_of(power) + p.shifter))
+    rounded = np.float32(np.float32(limited + shifter) - shifter)
+    return signed_value(rounded, bits, p)
 
 
 @scalar

@@ -339,7 +339,8 @@ class Emulator:
         dim = scale_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
-            return accel.quantize(x, fmt, scale=scale, **_rounding(spec), **self._words(stream))
+            out = torch.empty_like(x)
+            return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream))
 
     def _scale(
         self,
@@ -373,16 +374,15 @@ class Emulator:
         with torch.no_grad():
             drawn = sample(dy)
             scale = self._scale(dy, role, fmt, dim, call.stream, drawn)
+            options = {"scale": scale, "out": torch.empty_like(dy), **_rounding(role), **self._words(call.stream)}
             if role.pruning is None:
-                rounded = accel.quantize(dy, fmt, scale=scale, **_rounding(role), **self._words(call.stream))
+                rounded = accel.quantize(dy, fmt, **options)
                 alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
             else:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
                 alpha = float(np.float32(alpha)) if _keeps_alpha(role, fmt) else _snap(alpha, fmt, scale)
-                rounded, counts = accel.prune_quantize(
-                    dy, alpha, fmt, scale=scale, **_rounding(role), **self._words(call.stream)
-                )
+                rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
                 self._count_sparsity(pruning, counts.total)
         if call.micro_batch is not None and counts is not None:
             stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)

@@ -33,5 +33,5 @@ class Layout(NamedTuple):
     blocks: int
 
 
-Scales = Table | None
+Scales = Table | np.float32 | None  # of rows, one for all elements, or no scale
 Fields = tuple[Any, ...]

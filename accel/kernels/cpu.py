@@ -26,7 +26,7 @@ from numba.extending import intrinsic
 from accel import block_scaling, rounding, rounding_fast
 from accel.block_formats import BlockFormat
 from accel.block_scaling import AMAX, BlockParameters, amax_code, amax_scale, power_of_two_scale
-from accel.kernels.arguments import Fields, Key, Layout, Scales
+from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
 from accel.random import LOW_WORD, philox4x32
 from accel.rounding import Parameters, prune_stochastic, value_of
@@ -75,7 +75,7 @@ def run(loop: Kernel, size: int, *arguments: Any, threads: int, align: int = CHU
             loop.serial(0, size, *arguments)
         return
     length = -(-size // (pieces * align)) * align
-    bounds = np.minimum(np.arange(pieces + 1) * length, size)
+    bounds = np.array([min(piece * length, size) for piece in range(pieces + 1)])
     with _launching:
         before = numba.get_num_threads()
         numba.set_num_threads(pieces)
@@ -541,6 +541,7 @@ METHODS = {
     "nearest": (rounding.nearest_value, rounding.nearest_code, Parameters, False),
     "stochastic": (rounding.stochastic_value, rounding.stochastic_code, Parameters, True),
     "fast_nearest": (rounding_fast.fast_nearest_value, rounding_fast.fast_nearest_code, FastParameters, False),
+    "fast_narrow": (rounding_fast.fast_narrow_value, rounding_fast.fast_nearest_code, FastParameters, False),
     "fast_stochastic": (rounding_fast.fast_stochastic_value, rounding_fast.fast_stochastic_code, FastParameters, True),
     "fast_integer": (rounding_fast.fast_integer_value, rounding_fast.fast_integer_code, IntegerParameters, False),
 }
@@ -576,16 +577,19 @@ KERNELS = {method: _kernels(method) for method in METHODS}
 # --- launchers: the same names in kernels/cuda.py -------------------------------------------------------------------
 
 
-def _launch(loop: Kernel, x: torch.Tensor, *arguments: Any, size: int | None = None, **cut: int) -> None:
+def _launch(
+    loop: Kernel, x: torch.Tensor, *arguments: Any, fields: Fields = (), size: int | None = None, **cut: int
+) -> None:
     views = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
-    run(loop, x.numel() if size is None else size, x.numpy(), *views, threads=torch.get_num_threads(), **cut)
+    size = x.numel() if size is None else size
+    run(loop, size, x.numpy(), *views, *fields, threads=torch.get_num_threads(), **cut)
 
 
 def round_elements(
     operation: str, method: str, x: torch.Tensor, first: int, scales: Scales, out: torch.Tensor, key: Key, p: Fields
 ) -> None:
     """operation: "quantize" or "encode"; x, out: flat. scales: None for no division."""
-    _launch(KERNELS[method][operation], x, first, *_table(scales, x.dtype), out, *key, *p)
+    _launch(KERNELS[method][operation], x, first, *_table(scales, x.dtype), out, *key, fields=p)
 
 
 def round_both(
@@ -600,7 +604,7 @@ def round_both(
     p: Fields,
 ) -> None:
     """out: the values, codes: their codes. values: the parameters that `decode` takes."""
-    _launch(KERNELS[method]["both"], x, first, *_table(scales, x.dtype), out, codes, *key, *values, *p)
+    _launch(KERNELS[method]["both"], x, first, *_table(scales, x.dtype), out, codes, *key, fields=(*values, *p))
 
 
 def round_blocks(
@@ -618,16 +622,16 @@ def round_blocks(
     """x, out: flat; scale_codes: one a block, or empty where they are not asked for."""
     fields = *block_scaling.block_parameters(fmt), *block_scaling.scale_parameters(fmt), *p
     size, length, block = fmt.block_size, layout.length, layout.blocks
-    arguments = (tensor_scale, out, scale_codes, block, *key, *fields)
+    arguments = (tensor_scale, out, scale_codes, block, *key)
     if layout.inner == 1:
         is_cut_anywhere = layout.outer == 1 or length % size == 0
         align = size * -(-CHUNK // size) if is_cut_anywhere else length
-        _launch(KERNELS[method][f"{operation}_blocks"], x, length, size, *arguments, align=align)
+        _launch(KERNELS[method][f"{operation}_blocks"], x, length, size, *arguments, fields=fields, align=align)
     else:
         elements = min(size, length) * layout.inner
         _launch(
             KERNELS[method][f"{operation}_columns"], x, length, layout.inner, size, *arguments,
-            size=layout.outer * block, align=1, elements=elements,
+            fields=fields, size=layout.outer * block, align=1, elements=elements,
         )  # fmt: skip
 
 
@@ -639,7 +643,7 @@ def largest_magnitude(x: torch.Tensor, keeps_nan: bool) -> torch.Tensor:
 
 
 def decode_elements(codes: torch.Tensor, first: int, scales: Scales, out: torch.Tensor, p: Fields) -> None:
-    _launch(decode, codes, first, *_table(scales, torch.float32), out, *p)
+    _launch(decode, codes, first, *_table(scales, torch.float32), out, fields=p)
 
 
 def prune_elements(x: torch.Tensor, first: int, alpha: np.float32, out: torch.Tensor, key: Key) -> None:
@@ -659,9 +663,9 @@ def prune_round(
 ) -> None:
     """counts: int64 (2, blocks of CHUNK), to which nonzeros and +-alphas are added."""
     nonzeros, alphas = counts.numpy()
-    arguments = (first, alpha, *_table(scales, x.dtype), out, nonzeros, alphas, *key, *p)
+    arguments = (first, alpha, *_table(scales, x.dtype), out, nonzeros, alphas, *key)
     align = x.numel() if first % CHUNK else CHUNK  # two threads must not add to one block
-    _launch(KERNELS[method]["prune"], x, *arguments, align=align)
+    _launch(KERNELS[method]["prune"], x, *arguments, fields=p, align=align)
 
 
 def keep_alphas(x: torch.Tensor, alpha: np.float32, out: torch.Tensor) -> None:
@@ -678,9 +682,11 @@ def decode_alphas(codes: torch.Tensor, positive: int, negative: int, alpha: np.f
 
 def _table(scales: Scales, dtype: torch.dtype) -> tuple[Any, int]:
     """The scales as the kernels take them: an array, empty for none, and the length of a row."""
+    if isinstance(scales, Table):
+        return scales.values.to(dtype).numpy(), scales.row_length
     if scales is None:
         return _NO_SCALES[dtype], 1
-    return scales.values.to(dtype).numpy(), scales.row_length
+    return np.array([scales], np.float32 if dtype == torch.float32 else np.float64), 1
 
 
 _NO_SCALES = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}

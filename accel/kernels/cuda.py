@@ -17,7 +17,7 @@ from numba import cuda
 from accel import block_scaling
 from accel.block_formats import BlockFormat
 from accel.block_scaling import BlockParameters, block_scale
-from accel.kernels.arguments import Fields, Key, Layout, Scales
+from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.cpu import CHUNK, GROUP, INFINITY, MAGNITUDE, METHODS, is_alpha, scaled_back, tally, unchanged
 from accel.kernels.jit import CACHE_FOLDER, CACHED, cache_in, config, renamed, scalar
 from accel.random import LOW_WORD, philox4x32
@@ -340,6 +340,8 @@ def decode_alphas(codes: torch.Tensor, positive: int, negative: int, alpha: np.f
 
 def _table(scales: Scales, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The scales as the kernels take them: empty for none, and the length of a row."""
+    if isinstance(scales, Table):
+        return scales.values.to(x.device, x.dtype), scales.row_length
     if scales is None:
         return torch.empty(0, dtype=x.dtype, device=x.device), 1
-    return scales.values.to(x.device, x.dtype), scales.row_length
+    return torch.full((1,), float(scales), dtype=x.dtype, device=x.device), 1

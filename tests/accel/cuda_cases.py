@@ -40,6 +40,12 @@ def cases() -> Iterator[tuple[str, Case]]:
             blocks = {"base": fmt, "axis": axis, "block_size": 12}
             yield f"blocks {fmt} {axis} {mode}", _quantize(blocks, rounding=mode, **WORDS)
             yield f"encode blocks {fmt} {axis} {mode}", _encode_blocks(blocks, rounding=mode, **WORDS)
+    bf16_blocks: dict[str, Any] = {"element": "bf16", "block_size": 12}
+    yield "quantize bf16", _quantize("bf16", overflow="ieee")
+    yield "both bf16", _both("bf16", scale=0.3)
+    yield "prune_quantize bf16", _prune_quantize("bf16")
+    yield "blocks bf16", _quantize(bf16_blocks)
+    yield "encode blocks bf16", _encode_blocks(bf16_blocks)
     yield "encode int8", _encode("int8")
     yield "encode uint8 up", _encode("uint8", rounding="up")
     yield "both int8", _both("int8")
