@@ -35,6 +35,7 @@ from accel.words import bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
 LINE_BYTES = 64  # of a cache
+AHEAD = 1024  # elements between those that are rounded and those that are fetched: a page of memory
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
@@ -197,29 +198,47 @@ def _round(start, stop, x, first, scales, row_length, out, offset, seed, stream,
             round_scaled(source, target, drawn, factors[: high - low], is_exact, p)  # noqa: F821
 
 
+# Loops without draws go by groups and fetch what comes later; where there are draws, SPAN is a whole chunk, which
+# `fill_draws` has fetched.
+
+
 def _round_plain(source, target, drawn, p):  # type: ignore[no-untyped-def]
-    for i in range(source.size):
-        target[i] = transform(source[i], drawn[i], p)  # noqa: F821
+    for base in range(0, source.size, SPAN):  # noqa: F821
+        x, out, draws = source[base : base + SPAN], target[base : base + SPAN], drawn[base : base + SPAN]  # noqa: F821
+        prefetch(source, base + AHEAD)
+        prefetch(target, base + AHEAD)
+        for i in range(x.size):
+            out[i] = transform(x[i], draws[i], p)  # noqa: F821
 
 
 def _round_by_one(source, target, drawn, factor, p):  # type: ignore[no-untyped-def]
-    if has_exact_inverse(factor):
-        inverse = inverse_power(factor)
-        for i in range(source.size):
-            target[i] = rescaled(transform(source[i] * inverse, drawn[i], p), factor)  # noqa: F821
-    else:
-        for i in range(source.size):
-            target[i] = rescaled(transform(source[i] / factor, drawn[i], p), factor)  # noqa: F821
+    is_exact = has_exact_inverse(factor)
+    inverse = inverse_power(factor)
+    for base in range(0, source.size, SPAN):  # noqa: F821
+        x, out, draws = source[base : base + SPAN], target[base : base + SPAN], drawn[base : base + SPAN]  # noqa: F821
+        prefetch(source, base + AHEAD)
+        prefetch(target, base + AHEAD)
+        if is_exact:
+            for i in range(x.size):
+                out[i] = rescaled(transform(x[i] * inverse, draws[i], p), factor)  # noqa: F821
+        else:
+            for i in range(x.size):
+                out[i] = rescaled(transform(x[i] / factor, draws[i], p), factor)  # noqa: F821
 
 
 def _round_scaled(source, target, drawn, factors, is_exact, p):  # type: ignore[no-untyped-def]
-    if is_exact:
-        for i in range(source.size):
-            x = source[i] * inverse_power(factors[i])
-            target[i] = rescaled(transform(x, drawn[i], p), factors[i])  # noqa: F821
-    else:
-        for i in range(source.size):
-            target[i] = rescaled(transform(source[i] / factors[i], drawn[i], p), factors[i])  # noqa: F821
+    for base in range(0, source.size, SPAN):  # noqa: F821
+        x, out, draws = source[base : base + SPAN], target[base : base + SPAN], drawn[base : base + SPAN]  # noqa: F821
+        scales = factors[base : base + SPAN]  # noqa: F821
+        prefetch(source, base + AHEAD)
+        prefetch(target, base + AHEAD)
+        if is_exact:
+            for i in range(x.size):
+                scaled = x[i] * inverse_power(scales[i])
+                out[i] = rescaled(transform(scaled, draws[i], p), scales[i])  # noqa: F821
+        else:
+            for i in range(x.size):
+                out[i] = rescaled(transform(x[i] / scales[i], draws[i], p), scales[i])  # noqa: F821
 
 
 def _round_blocks(  # type: ignore[no-untyped-def]
@@ -556,9 +575,10 @@ def _kernels(method: str) -> dict[str, Kernel]:
     kernels = {}
     bound: dict[str, Any] = {"PARAMETERS": record, "DRAWS": draws}
     for name, transform, rescaled in (("quantize", value, scaled_back), ("encode", code, unchanged)):
-        bound["round_plain"] = _bound(_round_plain, f"{name}_{method}_plain", transform=transform)
-        bound["round_by_one"] = _bound(_round_by_one, f"{name}_{method}_by_one", transform=transform, rescaled=rescaled)
-        bound["round_scaled"] = _bound(_round_scaled, f"{name}_{method}_scaled", transform=transform, rescaled=rescaled)
+        names = {"transform": transform, "rescaled": rescaled, "SPAN": CHUNK if draws else GROUP}
+        bound["round_plain"] = _bound(_round_plain, f"{name}_{method}_plain", **names)
+        bound["round_by_one"] = _bound(_round_by_one, f"{name}_{method}_by_one", **names)
+        bound["round_scaled"] = _bound(_round_scaled, f"{name}_{method}_scaled", **names)
         kernels[name] = kernel(_round, f"{name}_{method}", **bound)
         kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
         kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
