@@ -384,11 +384,10 @@ def raise_largest(largest, x):  # type: ignore[no-untyped-def]
 @kernel
 def largest_patterns(start, stop, x, last, pattern):  # type: ignore[no-untyped-def]
     """The largest bit pattern of |x| up to `last` in a piece, at the number of its first CHUNK."""
-    lanes = np.empty(CHUNK, np.uint32)
-    for low in range(start, stop, CHUNK):
-        piece = x[low : min(low + CHUNK, stop)]
-        if low == start:
-            lanes[:] = np.uint32(0)
+    lanes = np.zeros(GROUP, np.uint32)
+    for low in range(start, stop, GROUP):
+        piece = x[low : min(low + GROUP, stop)]
+        prefetch(x[low:], AHEAD)
         for i in range(piece.size):
             bits = np.uint32(bits_of(piece[i]) & MAGNITUDE)
             bits = bits if bits <= last else np.uint32(0)
