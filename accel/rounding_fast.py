@@ -6,6 +6,8 @@ the code.
 
 Nearest-even: a normal result adds half a unit to the bit pattern and truncates it; a subnormal one is the last bits of
 ``|x| + magic``, with ``magic = 2^(min_exponent + 23 - M)``, whose unit in the last place is the smallest number.
+Where float32 has room above the format's largest number (`is_narrow`), both are one step: the magnitude is
+``(|x| + s) - s`` with ``s = 1.5 * 2^(e + 23 - M)``, 2^e being the power of two below |x| or the smallest normal number.
 Stochastic: the draw is added to the discarded bits; for a subnormal result |x| is counted in steps of the smallest
 number, exactly, and the first 32 bits of the fraction are the discarded ones.
 

@@ -277,7 +277,7 @@ class Beside:
             "over_copy": self.over_copy,
             "over_ours": self.over_ours,
             "repeats": len(self.times["peer"].seconds),
-            **{name: times.figures() for name, times in self.times.items()},
+            "times": {name: times.figures() for name, times in self.times.items()},
             "landmarks": self.landmarks,
             "differing_landmarks": self.differing,
         }

@@ -132,6 +132,13 @@ def fill_draws(draws, index, count, seed, stream, step, source, target):  # type
 
 
 @scalar
+def copy(source, target):  # type: ignore[no-untyped-def]
+    """In a loop: an assignment of a slice to a slice compiles numba's texts of errors too, for seconds."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@scalar
 def fill_factors(factors, index, count, scales, row_length):  # type: ignore[no-untyped-def]
     """The scale of each of the elements index .. index + count: rows of `row_length` elements take `scales` in turn.
 
@@ -148,7 +155,7 @@ def fill_factors(factors, index, count, scales, row_length):  # type: ignore[no-
         if row_length == 1:
             row = row % scales.size
             span = min(scales.size - row, count - filled)
-            factors[filled : filled + span] = scales[row : row + span]
+            copy(scales[row : row + span], factors[filled : filled + span])
         else:
             factors[filled : filled + span] = scales[row % scales.size]
             is_exact = is_exact and has_exact_inverse(scales[row % scales.size])
@@ -162,7 +169,7 @@ def random_words(start, stop, out, offset, seed, stream, step):  # type: ignore[
     for low in range(start, stop, CHUNK):
         count = min(CHUNK, stop - low)
         skip = fill_draws(draws, offset + low, count, seed, stream, step, out[low:], out[low:])
-        out[low : low + count] = draws[skip : skip + count]
+        copy(draws[skip : skip + count], out[low : low + count])
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
