@@ -165,7 +165,7 @@ def kernel_of(operation: str, fmt: accel.Format | BlockFormat, rounding: str, x:
     """What an operation compiles: a kernel of accel/kernels/cpu.py, and the types of its arguments where they vary."""
     if isinstance(fmt, BlockFormat):
         method, _ = launch.method_of(fmt.element, rounding, "saturate", 32, False)
-        return f"{operation} {'blocks' if fmt.axis == -1 else 'columns'} {method}, scales {fmt.scale.name}"
+        return f"{operation} {'columns' if fmt.axis == 0 else 'blocks'} {method}, scales {fmt.scale.name}"
     method, fields = launch.method_of(fmt, rounding, "saturate", 32, False, launch.work_dtype(x))
     width = "64-bit words" if isinstance(fields[0], np.uint64) else ""
     return ", ".join(part for part in (f"{operation} {method}", width, "float64" * (x.dtype == torch.float64)) if part)
