@@ -24,8 +24,7 @@ test: install
 	$(VENV)/bin/python -m pytest -n 2
 
 bench: install
-	$(VENV)/bin/python benchmarks/elementwise.py
-	$(VENV)/bin/python benchmarks/training_step.py
+	$(FPSIM) bench --full
 
 clean:
 	rm -rf $(VENV) build *.egg-info
