@@ -39,27 +39,40 @@ def philox_round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def philox4x32(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """Ten rounds of Philox4x32 on 32-bit words held in uint64: four words of output, in the low halves.
+def round_keys(k0, k1):  # type: ignore[no-untyped-def]
+    """The two words of the key in each of ten rounds, one after another."""
+    a, b = k0, k1
+    c, d = (a + WEYL_0) & LOW_WORD, (b + WEYL_1) & LOW_WORD
+    e, f = (c + WEYL_0) & LOW_WORD, (d + WEYL_1) & LOW_WORD
+    g, h = (e + WEYL_0) & LOW_WORD, (f + WEYL_1) & LOW_WORD
+    i, j = (g + WEYL_0) & LOW_WORD, (h + WEYL_1) & LOW_WORD
+    k, m = (i + WEYL_0) & LOW_WORD, (j + WEYL_1) & LOW_WORD
+    n, o = (k + WEYL_0) & LOW_WORD, (m + WEYL_1) & LOW_WORD
+    p, q = (n + WEYL_0) & LOW_WORD, (o + WEYL_1) & LOW_WORD
+    r, s = (p + WEYL_0) & LOW_WORD, (q + WEYL_1) & LOW_WORD
+    t, u = (r + WEYL_0) & LOW_WORD, (s + WEYL_1) & LOW_WORD
+    return a, b, c, d, e, f, g, h, i, j, k, m, n, o, p, q, r, s, t, u
+
+
+@scalar
+def philox_rounds(c0, c1, c2, c3, keys):  # type: ignore[no-untyped-def]
+    """Philox4x32 under `round_keys`, on 32-bit words held in uint64: four words of output, in the low halves.
 
     The rounds are written out because an inner loop would keep the caller's loop from vectorising.
     """
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = (k0 + WEYL_0) & LOW_WORD, (k1 + WEYL_1) & LOW_WORD
-    return philox_round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[0], keys[1])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[2], keys[3])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[4], keys[5])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[6], keys[7])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[8], keys[9])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[10], keys[11])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[12], keys[13])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[14], keys[15])
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[16], keys[17])
+    return philox_round(c0, c1, c2, c3, keys[18], keys[19])
+
+
+@scalar
+def philox4x32(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """Ten rounds of Philox4x32 under a key of two words."""
+    return philox_rounds(c0, c1, c2, c3, round_keys(k0, k1))

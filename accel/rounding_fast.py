@@ -250,4 +250,5 @@ def fast_integer_value(x, draw, p):  # type: ignore[no-untyped-def]
 
 @scalar
 def fast_integer_code(x, draw, p):  # type: ignore[no-untyped-def]
-    return np.uint32(np.uint32(bits_of(shifted_integer(x, p)) - bits_of(p.magic)) & p.code_mask)
+    code = np.uint32(np.uint32(bits_of(shifted_integer(x, p)) - bits_of(p.magic)) & p.code_mask)
+    return np.uint32(0) if np.uint32(bits_of(x) & MAGNITUDE) > INFINITY else code

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 
@@ -22,7 +21,8 @@ from accel.rounding_fast import fast_parameters, integer_parameters
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: pip install 'fpsim[cuda]'")
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
-KEY = (0, np.uint64(0), np.uint64(0), np.uint64(0))
+WORD = np.uint32(0)
+KEY = (0, (WORD, WORD, (WORD,) * 20))
 
 
 def test_the_simulator_gives_the_bits_of_the_cpu() -> None:
@@ -56,9 +56,10 @@ def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
         is_integer = method[0] == "fast_integer"
         fields = tuple(integer_parameters(scalar("int8")) if is_integer else fast_parameters(scalar("e5m2")))
     alpha, code = np.float32(1), np.uint32(1)
+    table = reals.dtype.type(1), reals, (1, code, code)
     plain: dict[str, tuple[Any, ...]] = {
         "largest_patterns": (reals, code, np.zeros(1, np.uint32)),
-        "decode": (bytes_, 0, reals, 1, reals, values),
+        "decode": (bytes_, 0, *table, reals, values),
         "prune": (reals, 0, alpha, reals, *KEY),
         "keep_alpha": (reals, alpha, reals),
         "encode_alpha": (reals, alpha, bytes_, code, code),
@@ -66,22 +67,17 @@ def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
     }
     if name in plain:
         return plain[name]
-    if "_blocks_" in name:
-        scales = tuple(block_scaling.block_parameters(blocks())), tuple(block_scaling.scale_parameters(blocks()))
-        out = bytes_ if name.startswith("encode") else reals
-        return (reals, 1, 1, 1, 1, 1, reals, *scales, out, bytes_, *KEY, fields)
+    out = bytes_ if name.startswith("encode") else reals
+    scales = tuple(block_scaling.block_parameters(blocks())), tuple(block_scaling.scale_parameters(blocks()))
+    if "blocks_" in name:
+        return (reals, (1, 1, 1, 1), code, reals, *scales, out, bytes_, *KEY, fields)
+    if "_columns_" in name:
+        return (reals, 1, 1, 1, 1, reals, *scales, out, bytes_, *KEY, fields)
     if name.startswith("both"):
-        return (reals, 0, reals, 1, reals, bytes_, values, *KEY, fields)
+        return (reals, 0, *table, reals, bytes_, values, *KEY, fields)
     if name.startswith("prune"):
-        return (reals, 0, alpha, reals, 1, reals, np.zeros((2, 2), np.int64), *KEY, fields)
-    return (reals, 0, reals, 1, bytes_ if name.startswith("encode") else reals, *KEY, fields)
-
-
-def ptx_of(loop: Any, given: tuple[Any, ...], architecture: tuple[int, int]) -> str:
-    from numba import cuda
-
-    ptx, _ = cuda.compile_ptx(loop, tuple(numba.typeof(value) for value in given), cc=architecture)
-    return str(ptx)
+        return (reals, 0, alpha, *table, reals, np.zeros((2, 2), np.int64), *KEY, fields)
+    return (reals, 0, *table, out, *KEY, fields)
 
 
 def fusible(ptx: str) -> list[str]:
@@ -112,6 +108,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
     import numba.cuda.dispatcher
 
     from accel.kernels import cuda
+    from accel.kernels.cuda_jit import ptx_of
 
     class Device:
         compute_capability = architecture
@@ -119,7 +116,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
     monkeypatch.setattr(numba.cuda.dispatcher, "get_current_device", Device)
     divisions = 0
     for name, loop in cuda.LOOPS.items():
-        ptx = ptx_of(loop, arguments(name), architecture)
+        ptx = ptx_of(loop, name, arguments(name), architecture)
         assert f".target sm_{architecture[0]}{architecture[1]}" in ptx
         assert ".f64" not in ptx, name
         assert not re.search(r"\bfma\b", ptx), name
@@ -128,7 +125,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
         assert set(re.findall(r"\bdiv\.\w+(?:\.\w+)*\.f32", ptx)) <= {"div.rn.f32"}, name
         divisions += ptx.count("div.rn.f32")
         if re.search(r"^(quantize|encode|both)_(nearest|stochastic)$", name):
-            wide = ptx_of(loop, arguments(name, wide=True), architecture)
+            wide = ptx_of(loop, name, arguments(name, wide=True), architecture)
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name
     assert divisions > 20
