@@ -8,7 +8,7 @@ tensors are read and written where they lie.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ LAST_OF_CHUNK = np.uint32(CHUNK - 1)
 COUNT_BITS = np.uint32(16)
 COUNT_MASK = np.uint32((1 << 16) - 1)
 BANK_BITS = np.uint32(5)  # shared memory has 32 banks
+SECOND, THIRD, FOURTH = np.uint64(16), np.uint64(33), np.uint64(49)  # of four elements in shared memory, from the first
 PADDED_CHUNK = CHUNK + CHUNK // 32
 CHUNK_BLOCKS = CHUNK // SMALLEST_BLOCK
 RECIPROCAL_BITS = np.uint64(26)
@@ -153,10 +154,11 @@ def draw_four(call, stream, step, keys):  # type: ignore[no-untyped-def]
 @scalar
 def draw_one(number, stream, step, keys):  # type: ignore[no-untyped-def]
     """The random word of one element."""
-    w0, w1, w2, w3 = draw_four(number // GROUP * 16 + number % 16, stream, step, keys)
-    lane = (number // 16) % 4
-    low, high = (w1, w3) if lane % 2 else (w0, w2)
-    return high if lane // 2 else low
+    number = np.uint64(number)
+    call = (number >> np.uint64(6) << np.uint64(4)) + (number & np.uint64(15))
+    w0, w1, w2, w3 = draw_four(call, stream, step, keys)
+    low, high = (w1, w3) if number & np.uint64(16) else (w0, w2)
+    return high if number & np.uint64(32) else low
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -320,14 +322,18 @@ def padded(i):  # type: ignore[no-untyped-def]
 
 
 @device
-def whole_held(held, i):  # type: ignore[no-untyped-def]
-    return held[padded(i)]
+def whole_held(held, lanes):  # type: ignore[no-untyped-def]
+    """Four elements in shared memory."""
+    place = np.uint64(padded(lanes[0]))
+    return held[place], held[place + SECOND], held[place + THIRD], held[place + FOURTH]
 
 
 @device
-def ragged_held(held, i):  # type: ignore[no-untyped-def]
-    """An element in shared memory; some other for elements outside the chunk."""
-    return held[padded(i & LAST_OF_CHUNK)]
+def ragged_held(held, lanes):  # type: ignore[no-untyped-def]
+    """The same; some others for elements outside the chunk."""
+    i, j, k, m = lanes
+    a, b = held[padded(i & LAST_OF_CHUNK)], held[padded(j & LAST_OF_CHUNK)]
+    return a, b, held[padded(k & LAST_OF_CHUNK)], held[padded(m & LAST_OF_CHUNK)]
 
 
 @device
@@ -347,7 +353,7 @@ def _held_quad(held, factors, inverses, target, quad, skip, call, key, reciproca
     i, j, k, m = lanes
     a, b = block_of(i, target.size, reciprocal), block_of(j, target.size, reciprocal)  # noqa: F821
     c, d = block_of(k, target.size, reciprocal), block_of(m, target.size, reciprocal)  # noqa: F821
-    values = held_at(held, i), held_at(held, j), held_at(held, k), held_at(held, m)  # noqa: F821
+    values = held_at(held, lanes)  # noqa: F821
     scales = factors[a], factors[b], factors[c], factors[d]
     if POWERS:  # noqa: F821
         x0, x1, x2, x3 = values
@@ -363,6 +369,37 @@ def _rescaled_four(values, factors):  # type: ignore[no-untyped-def]
     a, b, c, d = values
     f0, f1, f2, f3 = factors
     return rescaled(a, f0), rescaled(b, f1), rescaled(c, f2), rescaled(d, f3)  # noqa: F821
+
+
+@device
+def hold(held, source, quad):  # type: ignore[no-untyped-def]
+    """Four elements of a whole chunk into shared memory."""
+    i, j, k, m = whole_lanes(quad, ZERO)
+    a, b, c, d = source[i], source[j], source[k], source[m]
+    place = np.uint64(padded(i))
+    held[place] = a
+    held[place + SECOND] = b
+    held[place + THIRD] = c
+    held[place + FOURTH] = d
+
+
+@device
+def largest_of_segment(held, place):  # type: ignore[no-untyped-def]
+    """The largest pattern of a SEGMENT that has its elements side by side in shared memory."""
+    found = ZERO
+    for i in range(SEGMENT):
+        bits = np.uint32(bits_of(held[np.uint64(place) + np.uint64(i)]) & MAGNITUDE)
+        found = bits if bits > found else found
+    return found
+
+
+@device
+def largest_between(held, begin, end):  # type: ignore[no-untyped-def]
+    found = ZERO
+    for i in range(begin, end):
+        bits = np.uint32(bits_of(held[padded(i)]) & MAGNITUDE)
+        found = bits if bits > found else found
+    return found
 
 
 def _round_blocks(  # type: ignore[no-untyped-def]
@@ -390,14 +427,13 @@ def _round_blocks(  # type: ignore[no-untyped-def]
         k = base + cuda.threadIdx.x
         if k < blocks:
             largest[np.uint32(k)] = ZERO
-    for base in range(0, CHUNK // 4, THREADS):
-        i, j, k, m = ragged_lanes(base + cuda.threadIdx.x, ZERO)
-        x0, x1 = ragged_load(source, i), ragged_load(source, j)
-        x2, x3 = ragged_load(source, k), ragged_load(source, m)
-        held[padded(i)] = x0
-        held[padded(j)] = x1
-        held[padded(k)] = x2
-        held[padded(m)] = x3
+    if count == CHUNK:
+        for base in range(0, CHUNK // 4, THREADS):
+            hold(held, source, base + cuda.threadIdx.x)
+    else:
+        for base in range(0, count, THREADS):
+            i = base + cuda.threadIdx.x
+            held[padded(i)] = ragged_load(source, np.uint32(i))
     cuda.syncthreads()
 
     segments = (size + SEGMENT - 1) // SEGMENT
@@ -405,10 +441,11 @@ def _round_blocks(  # type: ignore[no-untyped-def]
         block, segment = divided(base + cuda.threadIdx.x, segments)
         if block < blocks:
             begin = block * size + segment * SEGMENT
-            found = ZERO
-            for i in range(begin, min(min(begin + SEGMENT, (block + 1) * size), count)):
-                bits = np.uint32(bits_of(held[padded(i)]) & MAGNITUDE)
-                found = bits if bits > found else found
+            end = min(min(begin + SEGMENT, (block + 1) * size), count)
+            if size % SEGMENT == 0 and end == begin + SEGMENT:
+                found = largest_of_segment(held, padded(begin))
+            else:
+                found = largest_between(held, begin, end)
             cuda.atomic.max(largest, np.uint32(block), found)
     cuda.syncthreads()
 
@@ -444,17 +481,18 @@ def _round_columns(  # type: ignore[no-untyped-def]
     for item in range(cuda.grid(1), outer * blocks_a_row * inner, cuda.gridsize(1)):
         row, column = item // inner, item % inner
         top = (row // blocks_a_row) * length + (row % blocks_a_row) * block_size
-        bottom = min(top + block_size, (row // blocks_a_row + 1) * length)
-        largest = ZERO
-        for k in range(top, bottom):
-            bits = np.uint32(bits_of(x[k * inner + column]) & MAGNITUDE)
+        count = min(block_size, (row // blocks_a_row + 1) * length - top)
+        begin = np.uint64(top * inner + column)
+        stride, largest = np.uint64(inner), ZERO
+        for k in range(count):
+            bits = np.uint32(bits_of(x[begin + np.uint64(k) * stride]) & MAGNITUDE)
             largest = bits if bits > largest else largest
         factor, code = block_scale(largest, tensor_scale[0], b, s)
         if scale_codes.size > 0:
             scale_codes[item] = code
-        for k in range(top, bottom):
-            i = k * inner + column
-            draw = draw_one(offset + i, key[0], key[1], key[2]) if DRAWS else ZERO  # noqa: F821
+        for k in range(count):
+            i = begin + np.uint64(k) * stride
+            draw = draw_one(np.uint64(offset) + i, key[0], key[1], key[2]) if DRAWS else ZERO  # noqa: F821
             out[i] = rescaled(transform(x[i] / factor, draw, p), factor)  # noqa: F821
 
 
@@ -787,5 +825,9 @@ def _table(scales: Scales, x: torch.Tensor) -> tuple[Any, torch.Tensor, tuple[in
     if isinstance(scales, Table):
         values = scales.values.to(x.device, x.dtype)
         return real(1), values, (scales.row_length, reciprocal_of(scales.row_length), reciprocal_of(values.numel()))
-    none = torch.empty(0, dtype=x.dtype, device=x.device)
-    return real(1 if scales is None else scales), none, (1, reciprocal_of(1), reciprocal_of(1))
+    return real(1 if scales is None else scales), _none(x.dtype, x.device), (1, ZERO, ZERO)
+
+
+@cache
+def _none(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device)

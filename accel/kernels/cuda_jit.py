@@ -61,12 +61,16 @@ def launch(loop: Any, name: str, blocks: int, threads: int, arguments: tuple[Any
     from cuda.core import launch as start
 
     place = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    with torch.cuda.device(place):
-        kernel = _kernel(name, tuple(map(_kind, arguments)), torch.cuda.get_device_capability(), loop, arguments)
-        stream = _stream(place.index, torch.cuda.current_stream().cuda_stream)
-        start(stream, LaunchConfig(grid=blocks, block=threads), kernel, *_flat(arguments))
+    if place.index != torch.cuda.current_device():
+        with torch.cuda.device(place):
+            launch(loop, name, blocks, threads, arguments)
+        return
+    kernel = _kernel(name, tuple(map(_kind, arguments)), _capability(place.index), loop, arguments)
+    stream = _stream(place.index, torch.cuda.current_stream().cuda_stream)
+    start(stream, LaunchConfig(grid=blocks, block=threads), kernel, *_flat(arguments))
 
 
+_capability = cache(torch.cuda.get_device_capability)
 _kernels: dict[Any, Any] = {}
 
 
@@ -123,9 +127,9 @@ def _flat(arguments: tuple[Any, ...]) -> list[Any]:
         if isinstance(argument, torch.Tensor):
             size = argument.element_size()
             strides = [stride * size for stride in argument.stride()]
-            flat += [0, 0, argument.numel(), size, argument.data_ptr(), *argument.shape, *strides]
+            flat += (0, 0, argument.numel(), size, argument.data_ptr(), *argument.shape, *strides)
         elif isinstance(argument, tuple):
-            flat += _flat(argument)
+            flat += _flat(argument) if isinstance(argument[-1], tuple) else argument
         else:
             flat.append(argument)
     return flat

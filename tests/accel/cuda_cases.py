@@ -14,6 +14,14 @@ Case = Callable[[torch.Tensor], Any]
 SPECIALS = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 2.0**-10, 448.0, 464.0, -465.0, 3e38]
 MODES = ("nearest_even", "nearest_away", "toward_zero", "up", "down", "stochastic")
 WORDS = {"seed": 5, "stream": 6, "step": 7, "offset": 1237}
+# elements and modes that between them take every way to round, and the kinds of blocks
+BLOCKS = [(fmt, mode) for fmt in ("e2m1", "int8") for mode in ("nearest_even", "stochastic")]
+BLOCKS += [("bf16", "nearest_even"), ("e2m1", "up")]
+BLOCK_KINDS: dict[str, dict[str, Any]] = {
+    "power": {},
+    "amax": {"scale": "e4m3fn", "scale_rule": "amax"},
+    "columns": {"axis": 0, "block_size": 3},
+}
 E4M3_ALPHA = accel.format({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fn", "alpha_codes": True})
 
 
@@ -32,25 +40,32 @@ def cases() -> Iterator[tuple[str, Case]]:
             yield f"quantize {fmt} {mode}", _quantize(fmt, rounding=mode, overflow="ieee", **WORDS)
         yield f"quantize scaled {mode}", _quantize("e5m2", rounding=mode, scale=0.3, **WORDS)
         yield f"encode {mode}", _encode("e4m3fn", rounding=mode, **WORDS)
+        yield f"encode scaled {mode}", _encode("e4m3fn", rounding=mode, scale=0.7, **WORDS)
         yield f"both {mode}", _both("e5m2", rounding=mode, scale=0.25, **WORDS)
-        yield f"prune_quantize {mode}", _prune_quantize("e5m2", rounding=mode, scale=0.3, **WORDS)
+        yield f"prune_quantize {mode}", _prune_quantize("e5m2", rounding=mode, **WORDS)
+        yield f"prune_quantize scaled {mode}", _prune_quantize("e5m2", rounding=mode, scale=0.3, **WORDS)
         yield f"float64 {mode}", _double("e4m3fn", rounding=mode, **WORDS)
-    for mode in ("nearest_even", "stochastic", "up"):
-        for fmt, axis in (("mxfp4", -1), ("nvfp4", 0), ("mxint8", -1)):
-            blocks = {"base": fmt, "axis": axis, "block_size": 12}
-            yield f"blocks {fmt} {axis} {mode}", _quantize(blocks, rounding=mode, **WORDS)
-            yield f"encode blocks {fmt} {axis} {mode}", _encode_blocks(blocks, rounding=mode, **WORDS)
-    bf16_blocks: dict[str, Any] = {"element": "bf16", "block_size": 12}
+    for element, mode in BLOCKS:
+        for name, options in BLOCK_KINDS.items():
+            blocks = {"element": element, "block_size": 12, **options}
+            yield f"blocks {element} {name} {mode}", _quantize(blocks, rounding=mode, **WORDS)
+            yield f"encode blocks {element} {name} {mode}", _encode_blocks(blocks, rounding=mode, **WORDS)
+    for size in (1, 8, 16, 32, 40, 5000):
+        yield f"blocks of {size}", _quantize({"base": "mxfp4", "block_size": size}, **WORDS)
+    yield "stochastic blocks of 32", lambda x: accel.quantize(x[: x.numel() // 32 * 32], "nvfp4", rounding="stochastic")
     yield "quantize bf16", _quantize("bf16", overflow="ieee")
     yield "both bf16", _both("bf16", scale=0.3)
     yield "prune_quantize bf16", _prune_quantize("bf16")
-    yield "blocks bf16", _quantize(bf16_blocks)
-    yield "encode blocks bf16", _encode_blocks(bf16_blocks)
     yield "encode int8", _encode("int8")
     yield "encode uint8 up", _encode("uint8", rounding="up")
     yield "both int8", _both("int8")
     yield "prune_quantize int8", _prune_quantize("int8")
     yield "prune_quantize int8 stochastic", _prune_quantize("int8", rounding="stochastic", **WORDS)
+    yield "prune_quantize int8 stochastic scaled", _prune_quantize("int8", rounding="stochastic", scale=3.0, **WORDS)
+    for fmt, mode in (("int8", "nearest_even"), ("bf16", "nearest_even"), ("int8", "stochastic")):
+        yield f"scaled {fmt} {mode}", _quantize(fmt, rounding=mode, scale=0.3, **WORDS)
+        yield f"encode scaled {fmt} {mode}", _encode(fmt, rounding=mode, scale=0.3, **WORDS)
+        yield f"prune_quantize scaled {fmt} {mode}", _prune_quantize(fmt, rounding=mode, scale=0.3, **WORDS)
     yield "prune", lambda x: accel.prune(x, 9.0, **WORDS)
     yield "channel scales", _with_scales((8, 1))
     yield "element scales", _with_scales((-1,))

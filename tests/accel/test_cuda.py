@@ -124,7 +124,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
         assert fusible(ptx) == [], name
         assert set(re.findall(r"\bdiv\.\w+(?:\.\w+)*\.f32", ptx)) <= {"div.rn.f32"}, name
         divisions += ptx.count("div.rn.f32")
-        if re.search(r"^(quantize|encode|both)_(nearest|stochastic)$", name):
+        if re.search(r"^(quantize_scaled|encode_scaled|both)_(nearest|stochastic)$", name):
             wide = ptx_of(loop, name, arguments(name, wide=True), architecture)
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name

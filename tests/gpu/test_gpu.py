@@ -50,3 +50,15 @@ def test_layouts_and_compiled_code() -> None:
     assert torch.equal(accel.quantize(last, "e4m3fn", rounding="stochastic"), expected)
     compiled = torch.compile(lambda y: accel.quantize(y, "e4m3fn", rounding="stochastic"), fullgraph=True)
     assert torch.equal(compiled(x), expected)
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    count, last = (1 << 31) + 4096 + 77, 10_000
+    if torch.cuda.mem_get_info()[0] < 5 * 4 * count:
+        pytest.skip("needs 43 GB of free memory of the GPU")
+    x = torch.randn(count, device="cuda")
+    y = accel.quantize(x, "e4m3fn", rounding="stochastic", seed=3)
+    tail = accel.quantize(x[-last:], "e4m3fn", rounding="stochastic", seed=3, offset=count - last)
+    assert torch.equal(y[-last:], tail)
+    pruned, counts = accel.prune_quantize(x, 0.5, "e5m2", out=y)
+    assert counts.total.nonzeros == int((pruned != 0).sum())
