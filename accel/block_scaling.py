@@ -9,7 +9,7 @@ import numpy as np
 
 from accel.block_formats import SCALE_RULES, BlockFormat
 from accel.kernels.jit import scalar
-from accel.rounding import Parameters, nearest_code, nearest_value, parameters
+from accel.rounding import Parameters, assembled, limited, parameters, round_deterministic, value_of_magnitude
 from accel.words import bits_of, float_of, left, right
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -108,21 +108,17 @@ def wanted_scale(amax, tensor_scale, b):  # type: ignore[no-untyped-def]
 
 @scalar
 def amax_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
-    """The scale of a block by the rule `amax`: float32. s: the scale format's Parameters."""
-    scale = np.float32(nearest_value(wanted_scale(amax, tensor_scale, b), NO_DRAW, s) * tensor_scale)
-    return np.float32(np.nan) if amax > INFINITY else scale
-
-
-@scalar
-def amax_code(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
-    """The code of that scale: uint32."""
-    code = nearest_code(wanted_scale(amax, tensor_scale, b), NO_DRAW, s)
-    return b.nan_code if amax > INFINITY else code
+    """(scale, its code) by the rule `amax`: float32, uint32. s: the scale format's Parameters."""
+    magnitude = bits_of(wanted_scale(amax, tensor_scale, b))
+    rounded = limited(round_deterministic(magnitude, False, s), magnitude, False, s)
+    scale = np.float32(value_of_magnitude(rounded, False, s) * tensor_scale)
+    is_nan = amax > INFINITY
+    return np.float32(np.nan) if is_nan else scale, b.nan_code if is_nan else assembled(rounded, False, s)
 
 
 @scalar
 def block_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
     """(scale, its code) by a block format's rule: float32, uint32."""
     if b.rule == AMAX:
-        return amax_scale(amax, tensor_scale, b, s), amax_code(amax, tensor_scale, b, s)
+        return amax_scale(amax, tensor_scale, b, s)
     return power_of_two_scale(amax, b)

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from accel import block_scaling, rounding, rounding_fast
 from accel.block_formats import BlockFormat
-from accel.block_scaling import AMAX, BlockParameters, amax_code, amax_scale, power_of_two_scale
+from accel.block_scaling import AMAX, BlockParameters, amax_scale, power_of_two_scale
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
 from accel.random import LOW_WORD, philox4x32
@@ -270,13 +270,8 @@ def _round_blocks(  # type: ignore[no-untyped-def]
         size = min(block_size, rest)
         blocks = min(rest // size, chunk // size)
         high = low + blocks * size
-        if size == 32:  # the usual sizes as constants: four times as fast
-            largest_of_blocks(x[low:high], 32, largest[:blocks], fold_a, fold_b)
-        elif size == 16:
-            largest_of_blocks(x[low:high], 16, largest[:blocks], fold_a, fold_b)
-        else:
-            largest_of_blocks(x[low:high], size, largest[:blocks], fold_a, fold_b)
-        is_exact = scale_blocks(largest[:blocks], scales, codes, scale_codes.size > 0, tensor_scale[0], b, s)
+        largest_of_blocks(x[low:high], size, largest[:blocks], fold_a, fold_b)
+        is_exact = scale_blocks(largest[:blocks], scales, codes, tensor_scale[0], b, s)
         spread(scales[:blocks], np.uint64(size), factors)
         if scale_codes.size > 0:
             for k in range(blocks):
@@ -293,43 +288,47 @@ def _round_blocks(  # type: ignore[no-untyped-def]
 def largest_of_blocks(x, size, largest, fold_a, fold_b):  # type: ignore[no-untyped-def]
     """The largest magnitude pattern (a NaN's is largest) of each block of `size` elements.
 
-    Halved as long as the size is even, in flat loops over all blocks: a loop over one block would not vectorise, nor
-    would these with signed indices, which numba would have to test for being negative.
+    In flat loops over all blocks: a loop over one block would not vectorise. Sixteens, of which the usual sizes are
+    multiples, are halved four times.
     """
-    count = x.size
-    if size % 2 == 0:
-        size, count = size // 2, count // 2
-        for i in range(np.uint64(count)):
+    if size % 16 == 0:
+        for i in range(np.uint64(x.size // 2)):
             one, other = x[i + i], x[i + i + UNSIGNED_ONE]
             one, other = np.uint32(bits_of(one) & MAGNITUDE), np.uint32(bits_of(other) & MAGNITUDE)
             fold_a[i] = one if one > other else other
+        halve(fold_a, fold_b, x.size // 4)
+        halve(fold_b, fold_a, x.size // 8)
+        halve(fold_a, fold_b, x.size // 16)
+        parts = size // 16
     else:
-        for i in range(count):
-            fold_a[i] = np.uint32(bits_of(x[i]) & MAGNITUDE)
-    folded, free = fold_a, fold_b
-    while size % 2 == 0:
-        size, count = size // 2, count // 2
-        for i in range(np.uint64(count)):
-            one, other = folded[i + i], folded[i + i + UNSIGNED_ONE]
-            free[i] = one if one > other else other
-        folded, free = free, folded
+        for i in range(x.size):
+            fold_b[i] = np.uint32(bits_of(x[i]) & MAGNITUDE)
+        parts = size
+    if parts == 2:
+        halve(fold_b, largest, largest.size)
+        return
     for k in range(largest.size):
-        largest[k] = folded[k * size]
-    for j in range(1, size):
+        largest[k] = fold_b[k * parts]
+    for j in range(1, parts):
         for k in range(largest.size):
-            bits = folded[k * size + j]
+            bits = fold_b[k * parts + j]
             largest[k] = bits if bits > largest[k] else largest[k]
 
 
 @scalar
-def scale_blocks(largest, scales, codes, wants_codes, tensor_scale, b, s):  # type: ignore[no-untyped-def]
+def halve(source, target, count):  # type: ignore[no-untyped-def]
+    """The larger of each two. Signed indices, which numba would have to test for being negative, do not vectorise."""
+    for i in range(np.uint64(count)):
+        one, other = source[i + i], source[i + i + UNSIGNED_ONE]
+        target[i] = one if one > other else other
+
+
+@scalar
+def scale_blocks(largest, scales, codes, tensor_scale, b, s):  # type: ignore[no-untyped-def]
     """Scales and their codes from the largest patterns of blocks; returns whether all scales have exact inverses."""
     if b.rule == AMAX:
         for i in range(largest.size):
-            scales[i] = amax_scale(largest[i], tensor_scale, b, s)
-        if wants_codes:
-            for i in range(largest.size):
-                codes[i] = amax_code(largest[i], tensor_scale, b, s)
+            scales[i], codes[i] = amax_scale(largest[i], tensor_scale, b, s)
         return False
     inexact = np.uint32(0)
     for i in range(largest.size):
@@ -368,7 +367,7 @@ def _round_columns(  # type: ignore[no-untyped-def]
             largest[:width] = np.uint32(0)
             for row in range(top, bottom):
                 raise_largest(largest[:width], x[row * inner + left : row * inner + left + width])
-            is_exact = scale_blocks(largest[:width], factors, codes, scale_codes.size > 0, tensor_scale[0], b, s)
+            is_exact = scale_blocks(largest[:width], factors, codes, tensor_scale[0], b, s)
             if scale_codes.size > 0:
                 for i in range(width):
                     scale_codes[item * inner + left + i] = codes[i]

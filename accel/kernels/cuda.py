@@ -17,7 +17,7 @@ from numba import cuda
 
 from accel import block_scaling
 from accel.block_formats import BlockFormat
-from accel.block_scaling import BlockParameters, amax_code, amax_scale, block_scale, power_of_two_scale
+from accel.block_scaling import BlockParameters, amax_scale, block_scale, power_of_two_scale
 from accel.kernels import cuda_jit
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.cpu import (
@@ -300,11 +300,6 @@ def _decode(codes, first, one, scales, rows, out, fields):  # type: ignore[no-un
 @device
 def power_scale(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
     return power_of_two_scale(amax, b)
-
-
-@device
-def amax_pair(amax, tensor_scale, b, s):  # type: ignore[no-untyped-def]
-    return amax_scale(amax, tensor_scale, b, s), amax_code(amax, tensor_scale, b, s)
 
 
 @device
@@ -670,7 +665,7 @@ def _loops() -> dict[str, Any]:
                 if operation == "quantize":
                     name = f"prune{suffix}_{method}"
                     loops[name] = _bound(name, _prune_round, _prune_round_quad, round_four=fours[scaled], **names)
-            for suffix, powers, scale_of in (("_blocks", False, amax_pair), ("_power_blocks", True, power_scale)):
+            for suffix, powers, scale_of in (("_blocks", False, amax_scale), ("_power_blocks", True, power_scale)):
                 name = f"{operation}{suffix}_{method}"
                 names |= {"POWERS": powers, "scale_of": scale_of}
                 loops[name] = _bound(name, _round_blocks, _held_quad, round_four=fours[False], **names)

@@ -45,7 +45,7 @@ def _is_writable(folder: str) -> bool:
 
 CACHE_FOLDER = _cache_folder()
 CACHED = _is_writable(CACHE_FOLDER)  # elsewhere numba would cache beside the sources, where no digest tells stale bits
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": CACHED}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": CACHED, "no_cfunc_wrapper": True}
 config: Any = numba.core.config  # has no type stubs
 if config.CPU_NAME is None and config.CPU_FEATURES is None and "+avx512f" in get_host_cpu_features():
     # Processors for which LLVM prefers vectors of 256 bits run these loops up to a third slower with them.
@@ -85,8 +85,13 @@ def _spread(kinds: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def scalar(function: Callable[..., Any]) -> Any:
-    """Compile one scalar function, callable from CPU loops and from CUDA kernels alike."""
-    return numba.njit(function, error_model="numpy", forceinline=True)
+    """Compile one scalar function, for CPU loops and CUDA kernels alike.
+
+    Without the wrappers that calls from Python take, which are half of the time that compilation takes; only the
+    simulator of CUDA makes such calls.
+    """
+    wrappers = {} if config.ENABLE_CUDASIM else {"no_cpython_wrapper": True}
+    return numba.njit(function, error_model="numpy", forceinline=True, no_cfunc_wrapper=True, **wrappers)
 
 
 def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
