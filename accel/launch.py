@@ -28,10 +28,12 @@ NO_KEY = Key(0, np.uint64(0), np.uint64(0), np.uint64(0))
 
 
 def backend(x: torch.Tensor) -> ModuleType:
-    """The launchers for a tensor's device."""
+    """The launchers for a tensor's device. RuntimeError where it is a GPU and numba-cuda is not installed."""
     if x.device.type == "cuda":
-        from accel.kernels import cuda
-
+        try:
+            from accel.kernels import cuda
+        except ImportError as error:
+            raise RuntimeError(f"tensors on a GPU need numba-cuda: pip install 'fpsim[cuda]' ({error})") from error
         return cuda
     return cpu
 

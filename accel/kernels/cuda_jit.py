@@ -67,7 +67,7 @@ def launch(loop: Any, name: str, blocks: int, threads: int, arguments: tuple[Any
         return
     kernel = _kernel(name, tuple(map(_kind, arguments)), _capability(place.index), loop, arguments)
     stream = _stream(place.index, torch.cuda.current_stream().cuda_stream)
-    start(stream, LaunchConfig(grid=blocks, block=threads), kernel, *_flat(arguments))
+    start(stream, LaunchConfig(grid=blocks, block=threads), kernel, *flat(arguments))
 
 
 _capability = cache(torch.cuda.get_device_capability)
@@ -92,11 +92,19 @@ def _machine_code(key: tuple[Any, ...], loop: Any, arguments: Any) -> bytes:
         return place.read_bytes()
     code = assembled(ptx_of(loop, name, arguments, capability), capability)
     if CACHED:
-        descriptor, temporary = tempfile.mkstemp(dir=CACHE_FOLDER)
+        _keep(code, place)
+    return code
+
+
+def _keep(code: bytes, place: Path) -> None:
+    """Into the cache, unless the disk is full: the next process then compiles again."""
+    descriptor, temporary = tempfile.mkstemp(dir=place.parent)
+    try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(code)
         os.replace(temporary, place)
-    return code
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
 
 
 @cache
@@ -120,16 +128,16 @@ def _example(argument: Any) -> Any:
     return argument
 
 
-def _flat(arguments: tuple[Any, ...]) -> list[Any]:
+def flat(arguments: tuple[Any, ...]) -> list[Any]:
     """Arguments as the compiled entry takes them: a tuple as its parts, a tensor as the record of numba's arrays."""
-    flat: list[Any] = []
+    found: list[Any] = []
     for argument in arguments:
         if isinstance(argument, torch.Tensor):
             size = argument.element_size()
             strides = [stride * size for stride in argument.stride()]
-            flat += (0, 0, argument.numel(), size, argument.data_ptr(), *argument.shape, *strides)
+            found += (0, 0, argument.numel(), size, argument.data_ptr(), *argument.shape, *strides)
         elif isinstance(argument, tuple):
-            flat += _flat(argument) if isinstance(argument[-1], tuple) else argument
+            found += flat(argument) if isinstance(argument[-1], tuple) else argument
         else:
-            flat.append(argument)
-    return flat
+            found.append(argument)
+    return found

@@ -90,8 +90,8 @@ def scalar(function: Callable[..., Any]) -> Any:
     Without the wrappers that calls from Python take, which are half of the time that compilation takes; only the
     simulator of CUDA makes such calls.
     """
-    wrappers = {} if config.ENABLE_CUDASIM else {"no_cpython_wrapper": True}
-    return numba.njit(function, error_model="numpy", forceinline=True, no_cfunc_wrapper=True, **wrappers)
+    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "no_cfunc_wrapper": True}
+    return numba.njit(function, no_cpython_wrapper=not config.ENABLE_CUDASIM, **options)  # type: ignore[call-overload]
 
 
 def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:

@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import accel
-from accel import block_scaling
+from accel import block_scaling, launch
 from accel.block_formats import BlockFormat
 from accel.formats import Format
 from accel.rounding import parameters
@@ -108,7 +110,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
     import numba.cuda.dispatcher
 
     from accel.kernels import cuda
-    from accel.kernels.cuda_jit import ptx_of
+    from accel.kernels.cuda_jit import assembled, flat, ptx_of
 
     class Device:
         compute_capability = architecture
@@ -117,6 +119,8 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
     divisions = 0
     for name, loop in cuda.LOOPS.items():
         ptx = ptx_of(loop, name, arguments(name), architecture)
+        passed = tuple(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arguments(name))
+        assert len(re.findall(r"^\s*\.param \.", ptx, re.MULTILINE)) == len(flat(passed)), name
         assert f".target sm_{architecture[0]}{architecture[1]}" in ptx
         assert ".f64" not in ptx, name
         assert not re.search(r"\bfma\b", ptx), name
@@ -129,6 +133,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name
     assert divisions > 20
+    assert assembled(ptx, architecture).startswith(b"\x7fELF")
 
 
 def test_fused_products_would_be_seen() -> None:
@@ -136,3 +141,10 @@ def test_fused_products_would_be_seen() -> None:
     assert fusible("mul.f32 %f3, %f1, %f2;\nsub.f32 %f4, %f1, %f3;") == ["sub.f32 %f4, %f1, %f3;"]
     exact = "mul.f32 %f3, %f1, %f2;\ncvt.rn.f32.s32 %f4, %r1;\nsub.f32 %f5, %f3, %f4;"
     assert fusible(exact) == []
+
+
+def test_without_numba_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accel.kernels.cuda", None)
+    on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(RuntimeError, match=r"pip install 'fpsim\[cuda\]'"):
+        launch.backend(on_a_gpu)
