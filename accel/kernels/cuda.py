@@ -112,6 +112,11 @@ def whole_store(out, i, value):  # type: ignore[no-untyped-def]
 
 
 @device
+def whole_inside(i, size):  # type: ignore[no-untyped-def]
+    return True
+
+
+@device
 def ragged_lanes(quad, skip):  # type: ignore[no-untyped-def]
     """The same; beyond the chunk's end also for elements before its begin."""
     i, j, k, m = whole_lanes(quad, skip)
@@ -127,6 +132,11 @@ def ragged_load(x, i):  # type: ignore[no-untyped-def]
 def ragged_store(out, i, value):  # type: ignore[no-untyped-def]
     if i < out.size:
         out[i] = value
+
+
+@device
+def ragged_inside(i, size):  # type: ignore[no-untyped-def]
+    return i < size
 
 
 def _load_four(x, lanes):  # type: ignore[no-untyped-def]
@@ -554,7 +564,17 @@ def _prune_round_quad(  # type: ignore[no-untyped-def]
     kept = prune_four(values, draws, alpha)
     found = survivors(kept, round_four(kept, draws, factors, p), alpha)  # noqa: F821
     store_four(target, lanes, found)  # noqa: F821
-    return tally_four(found, alpha)
+    return tally_four(lanes, target.size, found, alpha)  # noqa: F821
+
+
+def _tally_four(lanes, size, values, alpha):  # type: ignore[no-untyped-def]
+    i, j, k, m = lanes
+    a, b, c, d = values
+    one = tally(a, alpha) if inside(i, size) else ZERO  # noqa: F821
+    two = tally(b, alpha) if inside(j, size) else ZERO  # noqa: F821
+    three = tally(c, alpha) if inside(k, size) else ZERO  # noqa: F821
+    four = tally(d, alpha) if inside(m, size) else ZERO  # noqa: F821
+    return np.uint32(one + two + three + four)
 
 
 def _prune_round(x, first, alpha, one, scales, rows, out, counts, offset, key, fields):  # type: ignore[no-untyped-def]
@@ -599,12 +619,6 @@ def survivors(kept, rounded, alpha):  # type: ignore[no-untyped-def]
     )
 
 
-@device
-def tally_four(values, alpha):  # type: ignore[no-untyped-def]
-    a, b, c, d = values
-    return np.uint32(tally(a, alpha) + tally(b, alpha) + tally(c, alpha) + tally(d, alpha))
-
-
 # --- +-alpha in the code points that a format reserves for it --------------------------------------------------------
 
 
@@ -635,10 +649,10 @@ def _bound(name: str, loop: Any, quad: Any, **names: Any) -> Any:
     """`loop` with what its free names mean, and its work on four elements in two forms (see `whole_lanes`)."""
     names = {**globals(), **names}
     for form in ("whole", "ragged"):
-        bound = names | {part: globals()[f"{form}_{part}"] for part in ("load", "store")}
+        bound = names | {part: globals()[f"{form}_{part}"] for part in ("load", "store", "inside")}
         bound |= {f"{part}_of": globals()[f"{form}_{part}"] for part in ("lanes", "block")}
         bound["held_at"] = globals()[f"{form}_held"]
-        for part in (_load_four, _store_four):
+        for part in (_load_four, _store_four, _tally_four):
             bound[part.__name__[1:]] = device(renamed(part, f"{name}_{form}{part.__name__}", bound))
         names[f"{form}_quad"] = device(renamed(quad, f"{name}_{form}_quad", bound))
     return renamed(loop, name, names)

@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def _kernel(name: str, kinds: tuple[Any, ...], capability: tuple[int, int], loop
 def _machine_code(key: tuple[Any, ...], loop: Any, arguments: Any) -> bytes:
     """From the cache, or compiled."""
     name, _, capability = key
-    digest = hashlib.blake2s(repr((key, numba.__version__)).encode(), digest_size=8).hexdigest()
+    versions = numba.__version__, version("numba-cuda")
+    digest = hashlib.blake2s(repr((key, versions)).encode(), digest_size=8).hexdigest()
     place = Path(CACHE_FOLDER) / f"{name}-{digest}.cubin"
     if CACHED and place.is_file():
         return place.read_bytes()

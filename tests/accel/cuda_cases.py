@@ -66,6 +66,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         yield f"scaled {fmt} {mode}", _quantize(fmt, rounding=mode, scale=0.3, **WORDS)
         yield f"encode scaled {fmt} {mode}", _encode(fmt, rounding=mode, scale=0.3, **WORDS)
         yield f"prune_quantize scaled {fmt} {mode}", _prune_quantize(fmt, rounding=mode, scale=0.3, **WORDS)
+    yield "prune_quantize e8m0fnu", _prune_quantize("e8m0fnu", **WORDS)  # which has no zero
     yield "prune", lambda x: accel.prune(x, 9.0, **WORDS)
     yield "channel scales", _with_scales((8, 1))
     yield "element scales", _with_scales((-1,))
