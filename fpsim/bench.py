@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fpsim.errors import FpsimError
+from fpsim.files import packaged_folder
 
 # script: (arguments of a quick pass, of a full one)
 SCRIPTS = {
@@ -18,10 +19,7 @@ NO_DEVICE = 2  # exit code of gpu.py
 
 
 def scripts_folder() -> Path:
-    """The `benchmarks` folder inside the installed package, else beside it in the repository."""
-    package = Path(__file__).parent
-    inside = package / "benchmarks"
-    return inside if inside.is_dir() else package.parent / "benchmarks"
+    return packaged_folder("benchmarks")
 
 
 def run(full: bool, output: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either whole or not there: written under a temporary name, then renamed. Folders that come along."""
 
 from __future__ import annotations
 
@@ -18,3 +18,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON to `path` in one step."""
     write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def packaged_folder(name: str) -> Path:
+    """A folder that comes with fpsim: inside the installed package, else beside it in the repository."""
+    package = Path(__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name

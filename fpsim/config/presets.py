@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fpsim.files import packaged_folder
+
 Kind = Literal["experiments", "accelerators", "formats"]
 
 
@@ -20,10 +22,8 @@ class Preset(NamedTuple):
 
 
 def preset_folder() -> Path:
-    """The `configs` folder inside the installed package, else beside it in the repository."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    """Where the YAML files that come with fpsim are."""
+    return packaged_folder("configs")
 
 
 def preset_files(kind: Kind) -> dict[str, Path]:
