@@ -145,6 +145,7 @@ def test_fused_products_would_be_seen() -> None:
 
 def test_without_numba_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accel.kernels.cuda", None)
+    monkeypatch.delattr(accel.kernels, "cuda", raising=False)  # there once something has imported it
     on_a_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
     with pytest.raises(RuntimeError, match=r"pip install 'fpsim\[cuda\]'"):
         launch.backend(on_a_gpu)
