@@ -19,7 +19,6 @@ HIDDEN = np.uint32(0x00800000)
 EXPONENT_SHIFT = np.uint32(23)
 BIAS = np.int32(127)
 SUBNORMAL_BIAS = np.int32(127 + 149)
-NO_DRAW = np.uint32(0)
 NONE, ONE = np.int32(0), np.int32(1)
 LEAST_NORMAL = np.int32(-126)
 

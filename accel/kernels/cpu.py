@@ -41,7 +41,6 @@ SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more t
 
 MAGNITUDE = rounding.MAGNITUDE_32
 INFINITY = block_scaling.INFINITY
-NO_DRAW = block_scaling.NO_DRAW
 UNSIGNED_ONE = np.uint64(1)
 NONZERO, NONZERO_ALPHA = np.uint32(1), np.uint32(1 << 16 | 1)
 LOW_HALF = np.uint32((1 << 16) - 1)

@@ -24,6 +24,7 @@ from accel.kernels.cpu import (
     CHUNK,
     GROUP,
     INFINITY,
+    LOW_HALF,
     MAGNITUDE,
     METHODS,
     is_alpha,
@@ -47,7 +48,6 @@ ZERO, ONE = np.uint32(0), np.uint32(1)
 TWO, LAST_FOUR, NOT_LAST_FOUR = np.uint32(2), np.uint32(15), np.uint32(0xFFFFFFF0)
 LAST_OF_CHUNK = np.uint32(CHUNK - 1)
 COUNT_BITS = np.uint32(16)
-COUNT_MASK = np.uint32((1 << 16) - 1)
 BANK_BITS = np.uint32(5)  # shared memory has 32 banks
 SECOND, THIRD, FOURTH = np.uint64(16), np.uint64(33), np.uint64(49)  # of four elements in shared memory, from the first
 PADDED_CHUNK = CHUNK + CHUNK // 32
@@ -358,13 +358,11 @@ def _held_quad(held, factors, inverses, target, quad, skip, call, key, reciproca
     i, j, k, m = lanes
     a, b = block_of(i, target.size, reciprocal), block_of(j, target.size, reciprocal)  # noqa: F821
     c, d = block_of(k, target.size, reciprocal), block_of(m, target.size, reciprocal)  # noqa: F821
-    values = held_at(held, lanes)  # noqa: F821
+    x0, x1, x2, x3 = held_at(held, lanes)  # noqa: F821
     scales = factors[a], factors[b], factors[c], factors[d]
-    if POWERS:  # noqa: F821
-        x0, x1, x2, x3 = values
+    if POWERS:  # noqa: F821  powers of two have exact inverses: the products are the quotients
         values = x0 * inverses[a], x1 * inverses[b], x2 * inverses[c], x3 * inverses[d]
     else:
-        x0, x1, x2, x3 = values
         f0, f1, f2, f3 = scales
         values = x0 / f0, x1 / f1, x2 / f2, x3 / f3
     store_four(target, lanes, rescaled_four(round_four(values, draws, NO_FACTORS, p), scales))  # noqa: F821
@@ -603,7 +601,7 @@ def _prune_round(x, first, alpha, one, scales, rows, out, counts, offset, key, f
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         block = (first + low) // CHUNK
-        counts[0, block] += np.int64(shared[0] & COUNT_MASK)
+        counts[0, block] += np.int64(shared[0] & LOW_HALF)
         counts[1, block] += np.int64(shared[0] >> COUNT_BITS)
 
 

@@ -158,6 +158,16 @@ def test_special_values_of_blocks() -> None:
     assert nvfp4[16:].tolist() == [6.0] * 16
 
 
+@pytest.mark.parametrize("rounding", ["nearest_even", "up"])
+def test_integer_codes_of_a_nan_block_do_not_depend_on_its_payload(rounding: str) -> None:
+    x = torch.ones(32)
+    x[:2] = torch.tensor([0x7FC00055, -0x3FFFAB], dtype=torch.int32).view(torch.float32)
+    assert x[:2].isnan().all()
+    encoded = accel.encode(x, "mxint8", rounding=rounding)
+    assert encoded.codes.tolist() == [0] * 32
+    assert accel.decode(encoded, "mxint8").isnan().all()
+
+
 def test_scales_next_to_powers_of_two_take_the_exponent_from_the_bits() -> None:
     """floor(log2(x)) in float32 is off by one just below a power of two: the scale would be twice as large."""
     for exponent in range(-100, 100, 7):
