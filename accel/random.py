@@ -16,13 +16,12 @@ import hashlib
 import numpy as np
 
 from accel.kernels.jit import scalar
+from accel.words import LOW_WORD, product
 
 MULTIPLIER_0 = np.uint64(0xD2511F53)
 MULTIPLIER_1 = np.uint64(0xCD9E8D57)
 WEYL_0 = np.uint64(0x9E3779B9)
 WEYL_1 = np.uint64(0xBB67AE85)
-LOW_WORD = np.uint64(0xFFFFFFFF)
-WORD_BITS = np.uint64(32)
 
 
 def stream_id(name: str) -> int:
@@ -32,10 +31,11 @@ def stream_id(name: str) -> int:
 
 @scalar
 def philox_round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
-    """One round. The high halves of the words hold anything; masking the factors is free in a vector multiplication."""
-    product_0 = MULTIPLIER_0 * (c0 & LOW_WORD)
-    product_1 = MULTIPLIER_1 * (c2 & LOW_WORD)
-    return (product_1 >> WORD_BITS) ^ c1 ^ k0, product_1, (product_0 >> WORD_BITS) ^ c3 ^ k1, product_0
+    """One round."""
+    word = type(c0)
+    high_0, low_0 = product(c0, MULTIPLIER_0)
+    high_1, low_1 = product(c2, MULTIPLIER_1)
+    return word(high_1 ^ c1 ^ word(k0)), low_1, word(high_0 ^ c3 ^ word(k1)), low_0
 
 
 @scalar
@@ -56,9 +56,9 @@ def round_keys(k0, k1):  # type: ignore[no-untyped-def]
 
 @scalar
 def philox_rounds(c0, c1, c2, c3, keys):  # type: ignore[no-untyped-def]
-    """Philox4x32 under `round_keys`, on 32-bit words held in uint64: four words of output, in the low halves.
+    """Philox4x32 under `round_keys`: four words of output. Words are uint32, or uint64 of which the low halves count.
 
-    The rounds are written out because an inner loop would keep the caller's loop from vectorising.
+    Vector units multiply the low halves of 64-bit lanes; elsewhere words of 32 bits take fewer steps. The rounds are written out because an inner loop would keep the caller's loop from vectorising.
     """
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[0], keys[1])
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[2], keys[3])

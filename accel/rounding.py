@@ -29,6 +29,7 @@ EPS_UNIT = np.float32(2.0**-24)
 SIGN_32 = np.uint32(0x80000000)
 MAGNITUDE_32 = np.uint32(0x7FFFFFFF)
 FLOAT_ZERO = np.float32(0)
+LEAST = np.float32(2.0**-149)  # the smallest float32 that is not zero
 
 
 class Parameters(NamedTuple):
@@ -341,6 +342,8 @@ def prune_stochastic(x, draw, alpha):  # type: ignore[no-untyped-def]
     magnitude = float_of(np.uint32(bits & MAGNITUDE_32))
     eps = np.float32(np.float32(right(draw, EPS_SHIFT)) * EPS_UNIT)
     lifted = float_of(np.uint32(np.uint32(bits & SIGN_32) | bits_of(np.float32(alpha))))
-    small = lifted if magnitude >= np.float32(alpha * eps) else FLOAT_ZERO
-    pruned = small if magnitude < alpha else x
-    return np.float32(FLOAT_ZERO if magnitude == FLOAT_ZERO else pruned)
+    reached = np.float32(alpha * eps)
+    reached = LEAST if reached < LEAST else reached
+    small = lifted if magnitude >= reached else FLOAT_ZERO
+    kept_from = LEAST if alpha < LEAST else alpha
+    return np.float32(small if magnitude < kept_from else x)

@@ -24,11 +24,12 @@ import numpy as np
 
 from accel.formats import Format
 from accel.kernels.jit import scalar
-from accel.words import bits_of, carry, float_of, left, right
+from accel.words import bits_of, float_of, left, right
 
 SIGN = np.uint32(0x80000000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 INFINITY = np.uint32(0x7F800000)
+ZERO, ONE = np.uint32(0), np.uint32(1)
 FLOAT_ZERO = np.float32(0)
 NOT_A_NUMBER = np.float32(np.nan)
 TWO_TO_THE_32 = np.float32(2.0**32)
@@ -46,6 +47,7 @@ class FastParameters(NamedTuple):
     draw_shift: np.uint32  # random word to the discarded field of a normal number
     draw_mask: np.uint32  # and the bits of it that are drawn
     draw_mask_32: np.uint32  # the same for a field of 32 bits
+    rest_mask_32: np.uint32  # and the bits of that field that are not drawn
     min_normal: np.float32
     magic: np.float32  # the float32 whose unit in the last place is the smallest number
     steps_1: np.float32  # their product counts |x| in steps of the smallest number
@@ -122,6 +124,7 @@ def fast_parameters(fmt: Format, overflow: str = "saturate", random_bits: int = 
         draw_shift=u32(32 - shift if shift else 31),
         draw_mask=u32(((1 << kept_bits) - 1) << (shift - kept_bits)),
         draw_mask_32=u32(((1 << random_bits) - 1) << (32 - random_bits)),
+        rest_mask_32=u32((1 << (32 - random_bits)) - 1),
         min_normal=f32(fmt.min_normal),
         magic=f32(2.0**magic_exponent),
         steps_1=f32(2.0 ** (-step_exponent // 2)),
@@ -164,7 +167,8 @@ def round_stochastic(x, draw, p):  # type: ignore[no-untyped-def]
     units = np.float32(np.float32(small * p.steps_1) * p.steps_2)
     whole = np.int32(units)
     fraction = np.uint32(np.float32(np.float32(units - np.float32(whole)) * TWO_TO_THE_32))
-    return pattern, np.uint32(np.uint32(whole) + carry(fraction, np.uint32(draw & p.draw_mask_32)))
+    largest_kept = np.uint32(np.uint32(draw | p.rest_mask_32) ^ p.draw_mask_32)
+    return pattern, np.uint32(np.uint32(whole) + (ONE if fraction > largest_kept else ZERO))
 
 
 @scalar

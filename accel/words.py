@@ -16,6 +16,7 @@ from accel.kernels.jit import scalar
 
 LAST_BIT_32 = np.uint32(31)
 LAST_BIT_64 = np.uint64(63)
+LOW_WORD, WORD_BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
 FRACTION_32, FRACTION_64 = np.uint32((1 << 23) - 1), np.uint64((1 << 52) - 1)
 LEAST_POWER_32, LEAST_POWER_64 = np.uint32(1 << 23), np.uint64(1 << 52)
 TWICE_BIAS_32, TWICE_BIAS_64 = np.uint32(254 << 23), np.uint64(2046 << 52)
@@ -39,6 +40,15 @@ def top_bit(word: Any) -> Any:
 def inverse_power(value: Any) -> Any:
     """1 / value for a power of two whose inverse is a normal number (see `has_exact_inverse`)."""
     return type(value)(1) / value
+
+
+def product(word: Any, factor: Any) -> Any:
+    """(high, low) of a 32-bit word times a 32-bit factor, which is a uint64, as words of the same type.
+
+    In uint64, the high half of the word is ignored and that of `low` holds anything.
+    """
+    whole = np.uint64(word & LOW_WORD) * factor
+    return type(word)(whole >> WORD_BITS), type(word)(whole & LOW_WORD)
 
 
 def has_exact_inverse(value: Any) -> bool:
@@ -76,6 +86,22 @@ def _inverse_power(value):  # type: ignore[no-untyped-def]
     if value == types.float32:
         return lambda value: np.uint32(TWICE_BIAS_32 - np.float32(value).view(np.uint32)).view(np.float32)
     return lambda value: np.uint64(TWICE_BIAS_64 - np.float64(value).view(np.uint64)).view(np.float64)
+
+
+@overload(product)
+def _product(word, factor):  # type: ignore[no-untyped-def]
+    if word == types.uint32:
+
+        def halves(word, factor):  # type: ignore[no-untyped-def]
+            whole = np.uint64(word) * factor
+            return np.uint32(whole >> WORD_BITS), np.uint32(whole)
+    else:
+
+        def halves(word, factor):  # type: ignore[no-untyped-def]
+            whole = factor * (word & LOW_WORD)
+            return whole >> WORD_BITS, whole
+
+    return halves
 
 
 @overload(has_exact_inverse)

@@ -28,10 +28,10 @@ from accel.block_formats import BlockFormat
 from accel.block_scaling import AMAX, BlockParameters, amax_scale, power_of_two_scale
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
-from accel.random import LOW_WORD, philox4x32
+from accel.random import philox4x32
 from accel.rounding import Parameters, prune_stochastic, value_of
 from accel.rounding_fast import FastParameters, IntegerParameters
-from accel.words import bits_of, has_exact_inverse, inverse_power
+from accel.words import LOW_WORD, bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
 LINE_BYTES = 64  # of a cache
@@ -397,7 +397,10 @@ def largest_patterns(start, stop, x, last, pattern):  # type: ignore[no-untyped-
             bits = np.uint32(bits_of(piece[i]) & MAGNITUDE)
             bits = bits if bits <= last else np.uint32(0)
             lanes[i] = bits if bits > lanes[i] else lanes[i]
-    pattern[start // CHUNK] = lanes.max()
+    largest = np.uint32(0)
+    for i in range(GROUP):
+        largest = max(largest, lanes[i])
+    pattern[start // CHUNK] = largest
 
 
 def _round_both(  # type: ignore[no-untyped-def]

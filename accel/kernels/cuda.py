@@ -35,9 +35,9 @@ from accel.kernels.cpu import (
 )
 from accel.kernels.cuda_jit import SIMULATED, device
 from accel.kernels.jit import renamed, scalar
-from accel.random import LOW_WORD, philox_rounds, round_keys
+from accel.random import philox_rounds, round_keys
 from accel.rounding import Parameters, prune_stochastic, value_of
-from accel.words import bits_of
+from accel.words import LOW_WORD, WORD_BITS, bits_of
 
 MAX_BLOCKS = 1 << 11  # of loops that are not cut into chunks
 SEGMENT = 16  # elements of a block of a block format among which one thread looks for the largest
@@ -157,8 +157,7 @@ def _store_four(out, lanes, values):  # type: ignore[no-untyped-def]
 def draw_four(call, stream, step, keys):  # type: ignore[no-untyped-def]
     """The random words of the four elements that a call of the generator serves (see accel/random.py)."""
     number = np.uint64(call)
-    w0, w1, w2, w3 = philox_rounds(number & LOW_WORD, number >> np.uint64(32), stream & LOW_WORD, step & LOW_WORD, keys)
-    return np.uint32(w0), np.uint32(w1), np.uint32(w2), np.uint32(w3)
+    return philox_rounds(np.uint32(number), np.uint32(number >> WORD_BITS), np.uint32(stream), np.uint32(step), keys)
 
 
 @scalar
