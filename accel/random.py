@@ -58,7 +58,8 @@ def round_keys(k0, k1):  # type: ignore[no-untyped-def]
 def philox_rounds(c0, c1, c2, c3, keys):  # type: ignore[no-untyped-def]
     """Philox4x32 under `round_keys`: four words of output. Words are uint32, or uint64 of which the low halves count.
 
-    Vector units multiply the low halves of 64-bit lanes; elsewhere words of 32 bits take fewer steps. The rounds are written out because an inner loop would keep the caller's loop from vectorising.
+    Vector units multiply the low halves of 64-bit lanes; elsewhere words of 32 bits take fewer steps. The rounds are
+    written out because an inner loop would keep the caller's loop from vectorising.
     """
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[0], keys[1])
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, keys[2], keys[3])
