@@ -13,10 +13,12 @@ from accel.codecs import (
     Packed,
     count_blocks,
     count_codes,
+    find_codec,
     footprint,
     footprint_of_blocks,
     pack,
     unpack,
+    unpack_slice,
 )
 from accel.formats import Format
 from accel.ledger import Ledger
@@ -48,6 +50,7 @@ __all__ = [
     "count_codes",
     "decode",
     "encode",
+    "find_codec",
     "footprint",
     "footprint_of_blocks",
     "format",
@@ -60,4 +63,5 @@ __all__ = [
     "quantize_encode",
     "stream_id",
     "unpack",
+    "unpack_slice",
 ]

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from accel.block_formats import BlockFormat
-from accel.codecs import CODECS, BlockCounts, Counts, footprint, footprint_of_blocks
+from accel.codecs import CODECS, BlockCounts, Counts, find_codec, footprint, footprint_of_blocks
+from accel.codecs.blocks import Cut
+from accel.codecs.codec import BLOCK
 from accel.formats import Format
 
 ROLES = ("weight", "master", "optimizer_state", "weight_gradient", "activation", "norm_input", "addend", "gradient")
@@ -30,6 +32,7 @@ SCHEMES = ("encoded", "fp32", "bf16")
 DENSE_BITS = {"fp32": 32, "bf16": 16}
 ALWAYS_FLOAT32 = ("master", "optimizer_state")  # also on a bfloat16 machine
 PARTS = ("header", "offsets", "metadata", "payload")
+COUNTED = tuple(name for name, codec in CODECS.items() if codec.is_counted)
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,18 @@ def stored_encoded(
     *,
     histogram: tuple[int, ...] | None = None,
     scales: int = 1,
+    stream_bits: Mapping[str, float] | None = None,
 ) -> Stored:
-    """A tensor of these counts in `fmt` under `codec`: the length of its real stream, and that of every other codec.
+    """A tensor of these counts in `fmt` under `codec`: the length of its real stream, and that of other codecs.
 
     histogram: how often each distinct code occurs, for the order-0 entropy. scales: how many scales the tensor has;
-    the header holds one, each further one adds 32 bits to it.
+    the header holds one, each further one adds 32 bits to it. stream_bits: bits by part of the real stream, needed for
+    a codec whose length does not follow from counts; such codecs are not among the others.
     """
     total = counts.total
-    footprints = {name: footprint_of_blocks(counts, name, fmt, shape) for name in CODECS}
+    footprints = {name: footprint_of_blocks(counts, name, fmt, shape) for name in COUNTED}
     further_scales = 32 * (scales - 1)
-    bits = dict(footprints[codec].bits_by_part)
+    bits = dict(footprints[codec].bits_by_part if stream_bits is None else stream_bits)
     bits["header"] += further_scales
     others = {name: other.nbits + further_scales for name, other in footprints.items() if name != codec}
     order0 = None
@@ -85,12 +90,12 @@ def stored_encoded(
         order0 = footprint(with_codes, codec=codec, fmt=fmt).order0_entropy_bits
     return Stored(
         fmt.name, codec, fmt.bits, total.numel, total.nonzeros, total.alphas, bits,
-        footprints[codec].tag_entropy_bits, order0, others,
+        footprints["dense"].tag_entropy_bits, order0, others,
     )  # fmt: skip
 
 
 def stored_blocks(counts: BlockCounts, codec: str, fmt: BlockFormat, shape: tuple[int, ...]) -> Stored:
-    """A tensor in a block format: the elements' codes under `codec`, and the blocks' scales as metadata.
+    """A tensor in a block format: the elements' codes under a codec of COUNTED, and the blocks' scales as metadata.
 
     Under padding `zeros` the zeros that fill the last blocks are stored too. The codes' entropy is not counted.
     """
@@ -111,8 +116,11 @@ def stored_blocks(counts: BlockCounts, codec: str, fmt: BlockFormat, shape: tupl
 
 def _bits_of_a_zero(codec: str, fmt: Format) -> dict[str, int]:
     """What a zero takes in each part of a codec's stream."""
-    streams = [stream for stream in CODECS[codec].streams if stream.count == "numel"]
-    return {stream.part: stream.bits or fmt.bits for stream in streams}
+    found = find_codec(codec)
+    eight = Cut(found, (8,), BLOCK, fmt.bits)
+    nothing = np.zeros(1, np.int64)
+    streams = found.streams(eight.content(nothing, nothing), eight.setting)
+    return {stream.part: stream.bits for stream in streams if stream.length == "fixed" and np.all(stream.fields == 8)}
 
 
 def stored_plain(numel: int, nonzeros: int | None = None) -> Stored:

@@ -436,7 +436,7 @@ def _rounding(spec: TensorSpec) -> dict[str, Any]:
 
 def _keeps_alpha(spec: GradientSpec, fmt: accel.Format | accel.BlockFormat) -> bool:
     """Whether +-alpha need not lie on the format's grid: the codec tags it, or the format has codes for it."""
-    return spec.codec == "alpha" or (isinstance(fmt, accel.Format) and fmt.alpha_codes)
+    return accel.find_codec(spec.codec).tags_alpha or (isinstance(fmt, accel.Format) and fmt.alpha_codes)
 
 
 def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
@@ -447,7 +447,7 @@ def _snap(alpha: float, fmt: accel.Format | accel.BlockFormat, scale: Scale) -> 
     """The value of the (scaled) format nearest to alpha, never 0 for a positive alpha."""
     if alpha == 0:
         return 0.0
-    assert isinstance(fmt, accel.Format)  # pruning in a block format goes with codec alpha
+    assert isinstance(fmt, accel.Format)  # pruning in a block format goes with a codec that tags alpha
     unit = 1.0 if scale is None else float(scale)
     snapped = float(accel.quantize(torch.tensor(alpha), fmt, scale=unit))
     return snapped if snapped > 0 else float(torch.tensor(fmt.min_subnormal) * unit)

@@ -23,6 +23,7 @@ import accel
 from accel.ledger import Ledger, Stored, stored_blocks, stored_encoded, stored_plain
 from fpsim.config.schema import TensorSpec
 
+OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 mantissa bits has
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
 Scale = float | Tensor | None
@@ -181,7 +182,25 @@ def stored_tensor(
         return stored_blocks(counts, spec.codec, fmt, tuple(x.shape))
     scales = scale.numel() if isinstance(scale, Tensor) else 1
     histogram = code_histogram(x, fmt, scale, alpha)
-    return stored_encoded(counts, spec.codec, fmt, tuple(x.shape), histogram=histogram, scales=scales)
+    stream_bits = None if accel.find_codec(spec.codec).is_counted else packed_bits(x, spec.codec, fmt, scale, alpha)
+    return stored_encoded(
+        counts, spec.codec, fmt, tuple(x.shape), histogram=histogram, scales=scales, stream_bits=stream_bits
+    )
+
+
+def packed_bits(x: Tensor, codec: str, fmt: accel.Format, scale: Scale, alpha: float) -> dict[str, float]:
+    """Bits by part of the stream of a rounded tensor. Raises CodecError where the codec cannot hold it.
+
+    A stream has one scale: of a tensor with several, the codes' own values are packed, with an alpha off their grid.
+    """
+    if not isinstance(scale, Tensor) or scale.numel() == 1:
+        one = None if scale is None else float(scale)
+        return accel.pack(x, codec, fmt, scale=one, alpha=alpha).bits_by_part
+    if alpha == 0:
+        return accel.pack(accel.decode(accel.encode(x, fmt, scale=scale), fmt), codec, fmt).bits_by_part
+    is_alpha, mark = x.abs() == alpha, OFF_ANY_GRID
+    values = accel.decode(accel.encode(x.masked_fill(is_alpha, 0.0), fmt, scale=scale), fmt)
+    return accel.pack(torch.where(is_alpha, x.sign() * mark, values), codec, fmt, alpha=mark).bits_by_part
 
 
 def code_histogram(x: Tensor, fmt: accel.Format, scale: Scale, alpha: float) -> tuple[int, ...] | None:

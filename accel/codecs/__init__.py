@@ -5,7 +5,7 @@ from __future__ import annotations
 from accel.codecs.codec import Codec, CodecError
 from accel.codecs.counts import BlockCounts, Counts, count_blocks, count_codes
 from accel.codecs.footprint import Footprint, footprint, footprint_of_blocks
-from accel.codecs.packed import Packed, pack, unpack
+from accel.codecs.packed import Packed, pack, unpack, unpack_slice
 from accel.codecs.registry import CODECS, find_codec
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "footprint_of_blocks",
     "pack",
     "unpack",
+    "unpack_slice",
 ]

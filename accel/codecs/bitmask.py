@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from accel.codecs.codec import Codec, Read, Stream, Symbols, Tag
-
-MASK = Stream("metadata", "numel", bits=1)
-PAYLOAD = Stream("payload", "nonzeros")
+from accel.codecs.bits import compact, count_flags, get_fields, get_flags, put_fields, put_flags
+from accel.codecs.codec import VALUE, ZERO, Codec, Content, Setting, Stream
+from accel.kernels.jit import scalar
 
 
-def split(symbols: Symbols) -> tuple[npt.NDArray[np.integer], ...]:
-    nonzero = symbols.tags != Tag.ZERO
-    return nonzero.astype(np.uint8), symbols.codes[nonzero]
+def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
+    return (
+        Stream("metadata", content.numel, 1, "fixed"),
+        Stream("payload", content.nonzeros, setting.bits),
+    )
 
 
-def join(read: Read, numel: int) -> Symbols:
-    tags = read(MASK, numel).astype(np.uint8)
-    codes = np.zeros(numel, np.uint32)
-    nonzero = tags != Tag.ZERO
-    codes[nonzero] = read(PAYLOAD, int(np.count_nonzero(nonzero)))
-    return Symbols(tags, codes)
+@scalar
+def flag_nonzeros(work, numel):  # type: ignore[no-untyped-def]
+    for i in range(numel):
+        work.flags[i] = np.uint8(work.tags[i] != ZERO)
 
 
-BITMASK = Codec("bitmask", (MASK, PAYLOAD), split, join)
+@scalar
+def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+    flag_nonzeros(work, numel)
+    middle = put_flags(work.flags_8, work.flags, numel, out, position)
+    nonzeros = compact(work.codes, work.flags, numel, work.fields)
+    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+
+
+@scalar
+def scatter(work, numel):  # type: ignore[no-untyped-def]
+    """Codes and tags of a block from those of its flagged elements, which `fields` holds one after another."""
+    found = np.uint64(0)
+    for i in range(numel):
+        flag = work.flags[i]
+        work.codes[i] = work.fields[found] if flag else np.uint32(0)
+        work.tags[i] = VALUE if flag else ZERO
+        found += np.uint64(flag)
+
+
+@scalar
+def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
+    middle = get_flags(data, position, end, numel, work.flags_8)
+    if middle < 0:
+        return middle, middle
+    place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
+    scatter(work, numel)
+    return middle, place
+
+
+BITMASK = Codec("bitmask", streams, write, read)

@@ -1,51 +1,189 @@
-"""Fields of any width up to 32 bits, packed least significant bit first; and the checksum of a stream."""
+"""Fields of any width up to 32 bits, packed least significant bit first, as compiled loops write and read them.
+
+Writers return the position after what they wrote. Readers take the end of the block and return the position after what
+they read, or -TOO_SHORT where the block is too short; they pass on a position below zero.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from accel.kernels.jit import kernel
+from accel.codecs.codec import TOO_SHORT
+from accel.kernels.jit import scalar
 
-
-def write_fields(fields: npt.NDArray[np.integer], bits: int) -> bytes:
-    """The low `bits` bits of every field, one after another, padded with zeros to a whole byte."""
-    if bits == 1:
-        return np.packbits(fields, bitorder="little").tobytes()
-    field_bytes = fields.astype("<u4").view(np.uint8).reshape(-1, 4)
-    return np.packbits(np.unpackbits(field_bytes, axis=1, count=bits, bitorder="little"), bitorder="little").tobytes()
-
-
-def read_fields(data: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint32]:
-    """What write_fields wrote: uint32[count] from at least ceil(count * bits / 8) bytes."""
-    unpacked = np.unpackbits(data, count=count * bits, bitorder="little")
-    if bits == 1:
-        return unpacked.astype(np.uint32)
-    field_bytes = np.zeros((count, 4), np.uint8)
-    field_bytes[:, : -(-bits // 8)] = np.packbits(unpacked.reshape(count, bits), axis=1, bitorder="little")
-    return field_bytes.view("<u4").reshape(count).astype(np.uint32)
+ZERO_64, ONE_64, EIGHT = np.uint64(0), np.uint64(1), np.uint64(8)
+GATHER = np.uint64(0x0102040810204080)  # times eight bytes of 0 or 1: their bits in the top byte
+TOP_BYTE = np.uint64(56)
+REPEAT = np.uint64(0x0101010101010101)  # times a byte: eight of it
+PICK = np.uint64(0x8040201008040201)  # bit i of byte i
+CARRY = np.uint64(0x7F7F7F7F7F7F7F7F)  # added to what is left, it sets the top bit of the bytes that are not zero
+SEVEN = np.uint64(7)
+PAIRS_4, PAIRS_8, PAIRS_16 = np.uint64(0x000F000F000F000F), np.uint64(0x000000FF000000FF), np.uint64(0xFFFF)
+STEP_2, STEP_4, STEP_8 = np.uint64(6), np.uint64(12), np.uint64(24)
+PAIR = np.uint64(0x0303030303030303)
 
 
-def crc32c(data: bytes | memoryview) -> int:
-    """CRC-32C (Castagnoli) of the bytes, as RFC 3720 (iSCSI), appendix B.4."""
-    crc = np.array([0xFFFFFFFF], np.uint32)
-    _crc32c.serial(0, len(data), np.frombuffer(data, np.uint8), _CRC_TABLE, crc)
-    return int(~crc[0])
+@scalar
+def bytes_of(count, bits):  # type: ignore[no-untyped-def]
+    return (count * bits + 7) // 8
 
 
-def _crc_table() -> npt.NDArray[np.uint32]:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = np.where(table & 1, (table >> 1) ^ np.uint32(0x82F63B78), table >> 1).astype(np.uint32)
-    return table
+@scalar
+def put_flags(flags_8, flags, count, out, position):  # type: ignore[no-untyped-def]
+    """Bytes of 0 or 1, a bit each. What lies behind them, up to a multiple of eight, is set to 0."""
+    length = bytes_of(count, 1)
+    for i in range(count, length * 8):
+        flags[i] = 0
+    target = out[position : position + length]
+    for i in range(length):
+        target[i] = np.uint8((flags_8[i] * GATHER) >> TOP_BYTE)
+    return position + length
 
 
-_CRC_TABLE = _crc_table()
+@scalar
+def put_pairs(bytes_8, values, count, out, position):  # type: ignore[no-untyped-def]
+    """Bytes of 0 to 3, two bits each."""
+    length = bytes_of(count, 2)
+    for i in range(count, -(-count // 8) * 8):
+        values[i] = 0
+    for i in range(-(-count // 8)):
+        word = bytes_8[i]
+        word = (word | word >> STEP_2) & PAIRS_4
+        word = (word | word >> STEP_4) & PAIRS_8
+        word = (word | word >> STEP_8) & PAIRS_16
+        out[position + 2 * i] = np.uint8(word)
+        if 2 * i + 1 < length:
+            out[position + 2 * i + 1] = np.uint8(word >> EIGHT)
+    return position + length
 
 
-@kernel
-def _crc32c(start, stop, data, table, crc):  # type: ignore[no-untyped-def]
-    state = crc[0]
-    for i in range(start, stop):
-        state = table[(state ^ data[i]) & 0xFF] ^ (state >> np.uint32(8))
-    crc[0] = state
+@scalar
+def put_fields(fields, count, bits, out, position):  # type: ignore[no-untyped-def]
+    """The low `bits` bits of each field."""
+    length = bytes_of(count, bits)
+    if bits == 8:
+        target = out[position : position + count]
+        for i in range(count):
+            target[i] = np.uint8(fields[i])
+    else:
+        mask = (ONE_64 << np.uint64(bits)) - ONE_64
+        held, used, place = ZERO_64, 0, position
+        for i in range(count):
+            held |= (np.uint64(fields[i]) & mask) << np.uint64(used)
+            used += bits
+            while used >= 8:
+                out[place] = np.uint8(held)
+                held >>= EIGHT
+                used -= 8
+                place += 1
+        if used > 0:
+            out[place] = np.uint8(held)
+    return position + length
+
+
+@scalar
+def put_number(number, bits, out, position):  # type: ignore[no-untyped-def]
+    """One field."""
+    held = np.uint64(number)
+    length = bytes_of(1, bits)
+    for i in range(length):
+        out[position + i] = np.uint8(held)
+        held >>= EIGHT
+    return position + length
+
+
+@scalar
+def after(position, end, count, bits):  # type: ignore[no-untyped-def]
+    """The position after `count` fields."""
+    if position < 0:
+        return position
+    place = position + bytes_of(count, bits)
+    return place if place <= end else -TOO_SHORT
+
+
+@scalar
+def get_flags(data, position, end, count, flags_8):  # type: ignore[no-untyped-def]
+    """A bit each, as bytes of 0 or 1; bytes behind them, up to a multiple of eight, are overwritten."""
+    place = after(position, end, count, 1)
+    if place >= 0:
+        source = data[position:place]
+        for i in range(source.size):
+            word = (np.uint64(source[i]) * REPEAT) & PICK
+            flags_8[i] = ((word + CARRY) >> SEVEN) & REPEAT
+    return place
+
+
+@scalar
+def get_pairs(data, position, end, count, bytes_8):  # type: ignore[no-untyped-def]
+    """Two bits each, as bytes."""
+    place = after(position, end, count, 2)
+    if place >= 0:
+        for i in range(-(-count // 8)):
+            word = np.uint64(data[position + 2 * i])
+            if position + 2 * i + 1 < place:
+                word |= np.uint64(data[position + 2 * i + 1]) << EIGHT
+            word = (word | word << STEP_8) & PAIRS_8
+            word = (word | word << STEP_4) & PAIRS_4
+            bytes_8[i] = (word | word << STEP_2) & PAIR
+    return place
+
+
+@scalar
+def get_fields(data, position, end, count, bits, fields):  # type: ignore[no-untyped-def]
+    place = after(position, end, count, bits)
+    if place >= 0:
+        source = data[position:place]
+        if bits == 8:
+            for i in range(count):
+                fields[i] = source[i]
+        else:
+            mask = (ONE_64 << np.uint64(bits)) - ONE_64
+            held, used, at = ZERO_64, 0, 0
+            for i in range(count):
+                while used < bits:
+                    held |= np.uint64(source[at]) << np.uint64(used)
+                    at += 1
+                    used += 8
+                fields[i] = np.uint32(held & mask)
+                held >>= np.uint64(bits)
+                used -= bits
+    return place
+
+
+@scalar
+def get_number(data, position, end, bits):  # type: ignore[no-untyped-def]
+    """(number, position after it)"""
+    place = after(position, end, 1, bits)
+    held = ZERO_64
+    if place >= 0:
+        for i in range(place - position):
+            held |= np.uint64(data[position + i]) << np.uint64(8 * i)
+        held &= (ONE_64 << np.uint64(bits)) - ONE_64
+    return np.int64(held), place
+
+
+@scalar
+def compact(values, flags, count, kept):  # type: ignore[no-untyped-def]
+    """The values whose flag is 1, one after another; returns how many. kept: one longer than they may be."""
+    found = ZERO_64
+    for i in range(count):
+        kept[found] = values[i]
+        found += np.uint64(flags[i])
+    return np.int64(found)
+
+
+@scalar
+def count_flags(flags, count):  # type: ignore[no-untyped-def]
+    found = np.int64(0)
+    for i in range(count):
+        found += np.int64(flags[i])
+    return found
+
+
+@scalar
+def width_of(number):  # type: ignore[no-untyped-def]
+    """Bits that count up to a number."""
+    bits = 0
+    while number >> bits:
+        bits += 1
+    return bits

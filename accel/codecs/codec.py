@@ -1,70 +1,111 @@
-"""What a codec is: a list of bit streams, and how the symbols of one block of elements are split into them."""
+"""What a codec is: the bit streams of a block of elements, and the loops that write and read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 BLOCK = 4096  # elements that are encoded together, unless told otherwise
 MAX_BLOCK = 1 << 16
+MAX_ROW = 1 << 24  # elements of a row, where a block holds whole rows
+
+# What an element is.
+ZERO, VALUE, POSITIVE_ALPHA, NEGATIVE_ALPHA = np.uint8(0), np.uint8(1), np.uint8(2), np.uint8(3)
+
+# What can be wrong with a block, as the loops that read it say it.
+FITS, TOO_SHORT, TOO_LONG, OUT_OF_RANGE, ALPHA_UNKNOWN = range(5)
+
+Number = Any  # a number, or an array of numbers, one a block
 
 
 class CodecError(ValueError):
     """A tensor that a codec cannot hold, or a stream that is not one."""
 
 
-class Tag(IntEnum):
-    """What an element is."""
+class Content(NamedTuple):
+    """What a block holds; or what it is expected to hold (not whole numbers) as a part of a tensor with such shares."""
 
-    ZERO = 0
-    VALUE = 1
-    POSITIVE_ALPHA = 2
-    NEGATIVE_ALPHA = 3
+    numel: Number
+    nonzeros: Number
+    alphas: Number
+    rows: Number  # rows that it holds or touches
+    is_expected: bool = False
 
-
-@dataclass(frozen=True)
-class Symbols:
-    """The elements of one block: `tags` uint8[n] (see Tag) and `codes` uint32[n], 0 wherever the tag is not VALUE."""
-
-    tags: npt.NDArray[np.uint8]
-    codes: npt.NDArray[np.uint32]
+    @property
+    def survivors(self) -> Number:
+        return self.nonzeros - self.alphas
 
 
-@dataclass(frozen=True)
-class Stream:
-    """Fields of equal width, one for each element that `count` (an attribute of Counts) counts.
+class Setting(NamedTuple):
+    """What the streams of all blocks of a tensor depend on beside their content."""
 
-    bits: width of a field; None is the width of the value format's codes.
+    bits: int  # of a code
+    index_bits: int  # of an index in a block, or in a row where blocks hold whole rows
+    row_length: int
+    first: int  # the codec's own parameters
+    second: int
+
+
+class Stream(NamedTuple):
+    """`fields` fields of `bits` bits, one after another, padded to a whole byte.
+
+    length: `fixed` follows from a block's numel alone; `random` depends on its elements, one by one; `padded` is a mean
+    that has the padding in it.
     """
 
     part: Literal["metadata", "payload"]
-    count: Literal["numel", "nonzeros", "alphas", "survivors"]
-    bits: int | None = None
+    fields: Number
+    bits: Number
+    length: Literal["random", "fixed", "padded"] = "random"
 
 
-class Read(Protocol):
-    """Reads the next stream of a block: `count` fields as uint32[count]. CodecError where the block is too short."""
+class Work(NamedTuple):
+    """Room for one block at a time. Each array of bytes is a view of the uint64 before it, for eight at once."""
 
-    def __call__(self, stream: Stream, count: int) -> npt.NDArray[np.uint32]: ...
+    tags_8: npt.NDArray[np.uint64]
+    tags: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.uint32]
+    flags_8: npt.NDArray[np.uint64]
+    flags: npt.NDArray[np.uint8]
+    fields: npt.NDArray[np.uint32]
+    others: npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class Codec:
     """A sparse encoding.
 
-    streams: in the order in which they lie in a block.
-    split: the fields of every stream, for the symbols of a block.
-    join: the symbols of a block of so many elements, read stream by stream in the same order.
+    name: as users write it, with its parameters.
+    streams: the streams of a block, metadata before payload, from its content; what the content does not tell is
+        expected as of independent elements.
+    write(work, numel, setting, out, position): the block of work.tags and work.codes into bytes, from `position` on;
+        returns where the metadata and where the payload ends.
+    read(data, position, end, numel, setting, work): the reverse; returns where the metadata ends and where the payload,
+        or less than zero: minus what is wrong.
     tags_alpha: whether +-alpha leaves the value format; if not, +-alpha is a value like any other.
+    rows: `ignored`; or a block holds `whole` rows; or whole rows, and rows longer than a block are `cut`.
+    is_counted: whether the counts of blocks of equal size tell the stream's length.
+    base, shrink, restore: for a codec that stores the blocks of another one, with its loops, in fewer bytes.
     """
 
     name: str
-    streams: tuple[Stream, ...]
-    split: Callable[[Symbols], tuple[npt.NDArray[np.integer], ...]]
-    join: Callable[[Read, int], Symbols]
+    streams: Callable[[Content, Setting], tuple[Stream, ...]]
+    write: Any
+    read: Any
+    first: int = 0
+    second: int = 0
     tags_alpha: bool = False
+    rows: Literal["ignored", "whole", "cut"] = "ignored"
+    is_counted: bool = True
+    base: Codec | None = None
+    shrink: Callable[[npt.NDArray[np.uint8], int, Setting], tuple[bytes, int]] | None = None
+    restore: Callable[[npt.NDArray[np.uint8], int, Setting], tuple[npt.NDArray[np.uint8], int]] | None = None
+
+
+def bit_length(number: Number) -> Number:
+    """Bits that count up to `number`, a whole one or an array of them."""
+    return np.ceil(np.log2(np.asarray(number, np.float64) + 1)).astype(np.int64)

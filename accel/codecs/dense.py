@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from accel.codecs.codec import Codec, Read, Stream, Symbols
-
-PAYLOAD = Stream("payload", "numel")
+from accel.codecs.bits import get_fields, put_fields
+from accel.codecs.codec import VALUE, ZERO, Codec, Content, Setting, Stream
+from accel.kernels.jit import scalar
 
 
-def split(symbols: Symbols) -> tuple[npt.NDArray[np.uint32]]:
-    return (symbols.codes,)
+def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
+    return (Stream("payload", content.numel, setting.bits, "fixed"),)
 
 
-def join(read: Read, numel: int) -> Symbols:
-    codes = read(PAYLOAD, numel)
-    return Symbols((codes != 0).astype(np.uint8), codes)
+@scalar
+def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+    return position, put_fields(work.codes, numel, setting.bits, out, position)
 
 
-DENSE = Codec("dense", (PAYLOAD,), split, join)
+@scalar
+def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
+    place = get_fields(data, position, end, numel, setting.bits, work.codes)
+    for i in range(numel):
+        work.tags[i] = VALUE if work.codes[i] != 0 else ZERO
+    return position, place
+
+
+DENSE = Codec("dense", streams, write, read)

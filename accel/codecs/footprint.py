@@ -12,8 +12,9 @@ import numpy.typing as npt
 import torch
 
 from accel.codecs.arguments import as_float32, checked_block, checked_format
-from accel.codecs.codec import BLOCK, Codec, CodecError
-from accel.codecs.counts import BlockCounts, Counts, block_count
+from accel.codecs.blocks import Cut
+from accel.codecs.codec import BLOCK, Codec, CodecError, Content, Stream
+from accel.codecs.counts import BlockCounts, Counts
 from accel.codecs.packed import OFFSET_BYTES, header_bytes, pack
 from accel.codecs.registry import find_codec
 from accel.formats import Format, nearest
@@ -54,16 +55,18 @@ def footprint(
     alpha: float | None = None,
     scale: float | None = None,
     block: int = BLOCK,
+    shape: tuple[int, ...] | None = None,
 ) -> Footprint:
     """What x costs when it is packed as `pack` packs it.
 
     x: a tensor or array, whose stream is made and measured; or Counts (or a mapping with its fields) for the closed
-    form: the expected length for a 1-D tensor with such counts, which already hold what alpha and scale would tell.
-    Raises CodecError as `pack` does, and for counts that contradict each other.
+    form: the expected length for a tensor of `shape` (None: 1-D) with such counts, whose elements are independent.
+    Counts already hold what alpha and scale would tell.
+    Raises CodecError as `pack` does, and for counts that contradict each other or a shape that is not theirs.
     """
     if isinstance(x, Counts | Mapping):
         counts = x if isinstance(x, Counts) else _counts_of(x)
-        return _closed_form(counts, find_codec(codec), checked_format(fmt), checked_block(block))
+        return _closed_form(counts, find_codec(codec), checked_format(fmt), checked_block(block), shape)
     packed = pack(x, codec, fmt, scale, alpha, block)
     header = packed.header
     return _footprint(header.codec, header.fmt, packed.bits_by_part, _count(as_float32(x), header.alpha))
@@ -74,36 +77,50 @@ def footprint_of_blocks(
 ) -> Footprint:
     """The same bits as `footprint` of the tensor that `count_blocks` counted, without making its stream.
 
-    shape: the tensor's. Raises CodecError where it does not hold counts.numel elements.
+    shape: the tensor's. Raises CodecError where it does not hold counts.numel elements, and for a codec whose length
+    does not follow from such counts (`Codec.is_counted`).
     """
     encoding, value = find_codec(codec), checked_format(fmt)
-    if math.prod(shape) != counts.numel:
-        raise CodecError(f"shape {tuple(shape)} does not hold the {counts.numel} elements that were counted")
-    per_block = {
-        "numel": counts.sizes,
-        "nonzeros": counts.nonzeros,
-        "alphas": counts.alphas,
-        "survivors": counts.nonzeros - counts.alphas,
-    }
-    bits = _fixed_bits(encoding, value, len(shape), counts.sizes.size)
-    for stream in encoding.streams:
-        stream_bits = per_block[stream.count] * (stream.bits or value.bits)
+    _check_shape(shape, counts.numel)
+    if not encoding.is_counted:
+        raise CodecError(f"the length of a stream of {encoding.name!r} does not follow from counts: pack the tensor")
+    cut = Cut(encoding, tuple(shape), counts.block, value.bits)
+    bits = _fixed_bits(encoding, value, len(shape), cut.count)
+    for stream in encoding.streams(cut.content(counts.nonzeros, counts.alphas), cut.setting):
+        stream_bits = np.asarray(stream.fields * stream.bits) * np.ones(cut.count, np.int64)
         bits[stream.part] += int((-(-stream_bits // 8) * 8).sum())
     return _footprint(encoding, value, bits, counts.total)
 
 
-def _closed_form(counts: Counts, codec: Codec, fmt: Format, block: int) -> Footprint:
-    blocks = block_count(counts.numel, block)
-    bits = _fixed_bits(codec, fmt, 1, blocks)
-    for stream in codec.streams:
-        width, count = stream.bits or fmt.bits, getattr(counts, stream.count)
-        if stream.count == "numel":
-            full, rest = divmod(counts.numel, block)
-            padding: float = full * (-block * width % 8) + -rest * width % 8
-        else:  # a length of random multiples of gcd(width, 8), in each block that holds any
-            padding = min(blocks, count) * (8 - math.gcd(width, 8)) / 2
-        bits[stream.part] += count * width + padding
+def _closed_form(counts: Counts, codec: Codec, fmt: Format, block: int, shape: tuple[int, ...] | None) -> Footprint:
+    shape = (counts.numel,) if shape is None else tuple(shape)
+    _check_shape(shape, counts.numel)
+    cut = Cut(codec, shape, block, fmt.bits)
+    bits = _fixed_bits(codec, fmt, len(shape), cut.count)
+    for size, blocks in zip(*np.unique(cut.sizes, return_counts=True), strict=True):
+        share = size / counts.numel
+        rows = max(int(size) // cut.row_length, 1)
+        content = Content(int(size), counts.nonzeros * share, counts.alphas * share, rows, is_expected=True)
+        for stream in codec.streams(content, cut.setting):
+            bits[stream.part] += int(blocks) * (float(stream.fields * stream.bits) + _padding(stream, int(size)))
     return _footprint(codec, fmt, bits, counts)
+
+
+def _padding(stream: Stream, numel: int) -> float:
+    """Bits that fill up the last byte of a stream of a block, on average."""
+    bits = float(stream.fields * stream.bits)
+    if stream.length != "random":
+        return -bits % 8 if stream.length == "fixed" else 0.0
+    lengths = np.arange(8)  # the number of fields, binomial, modulo 8: the inverse transform of its characteristic one
+    turns = np.exp(2j * np.pi * lengths / 8)
+    share = min(float(stream.fields) / numel, 1.0)
+    probabilities = np.fft.fft((1 - share + share * turns) ** numel).real / 8
+    return float((probabilities * (-lengths * int(stream.bits) % 8)).sum())
+
+
+def _check_shape(shape: tuple[int, ...], numel: int) -> None:
+    if math.prod(shape) != numel:
+        raise CodecError(f"shape {tuple(shape)} does not hold the {numel} elements that were counted")
 
 
 def _fixed_bits(codec: Codec, fmt: Format, dimensions: int, blocks: int) -> dict[str, float]:

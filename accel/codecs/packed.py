@@ -6,6 +6,8 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,10 @@ from accel.codecs.arguments import (
     checked_format,
     checked_positive,
 )
-from accel.codecs.bits import crc32c, read_fields, write_fields
-from accel.codecs.codec import BLOCK, Codec, CodecError, Stream, Symbols, Tag
-from accel.codecs.counts import block_count
+from accel.codecs.blocks import Cut
+from accel.codecs.codec import BLOCK, Codec, CodecError
+from accel.codecs.coding import NO_ALPHA, crc32c, pack_blocks, unpack_blocks
 from accel.codecs.registry import find_codec
-from accel.codecs.values import NO_ALPHA, decode_values, encode_values
 from accel.formats import Format
 
 MAGIC = b"FPSM"
@@ -50,9 +51,13 @@ class Header:
     metadata_bytes: int
     payload_bytes: int
 
+    @cached_property
+    def cut(self) -> Cut:
+        return Cut(self.codec, self.shape, self.block, self.fmt.bits)
+
     @property
     def numel(self) -> int:
-        return math.prod(self.shape)
+        return self.cut.numel
 
     @property
     def body_bytes(self) -> int:
@@ -60,7 +65,7 @@ class Header:
 
     @property
     def blocks(self) -> int:
-        return block_count(self.numel, self.block)
+        return self.cut.count
 
 
 @dataclass(frozen=True)
@@ -120,56 +125,71 @@ def pack(
 
     Every value lies on scale * grid(fmt), the product rounded to float32, or equals +-alpha for a codec that tags
     alpha; NaN becomes the format's canonical NaN. scale (None is 1) and alpha (None or 0 tags nothing) are taken in
-    float32. The stream is cut into blocks of `block` elements.
+    float32. The stream is cut into blocks of `block` elements; codecs of matrices see shape[0] x rest, and `csr` has
+    whole rows in a block.
     Raises CodecError for a value that does not fit, with its index, and for an argument out of range.
     """
     encoding, value = find_codec(codec), checked_format(fmt)
     values, block = as_float32(x), checked_block(block)
-    factor, tagged = checked_positive("scale", 1.0 if scale is None else scale), checked_alpha(alpha)
-    flat = values.reshape(-1)
-    lengths = {"metadata": 0, "payload": 0}
-    offsets: list[int] = []
-    pieces: list[bytes] = []
-    for start in range(0, flat.size, block):
-        offsets.append(sum(lengths.values()))
-        symbols, exact = _symbols(flat[start : start + block], value, factor, tagged or NO_ALPHA, encoding.tags_alpha)
-        if not exact.all():
-            raise CodecError(_misfit(values, start + int(np.argmin(exact)), encoding, value, factor))
-        for stream, fields in zip(encoding.streams, encoding.split(symbols), strict=True):
-            pieces.append(write_fields(fields, stream.bits or value.bits))
-            lengths[stream.part] += len(pieces[-1])
-        if sum(lengths.values()) > MAX_BODY_BYTES:
-            raise CodecError(
-                f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
-            )
-    header = Header(
-        encoding, value, values.shape, block, factor, tagged or NO_ALPHA, lengths["metadata"], lengths["payload"]
-    )
-    rest = b"".join([_write_header(header), np.array(offsets, "<u4").tobytes(), *pieces])
-    return Packed(header, PREFIX.pack(MAGIC, VERSION, crc32c(rest)) + rest)
+    factor, tagged = checked_positive("scale", 1.0 if scale is None else scale), checked_alpha(alpha) or NO_ALPHA
+    cut = Cut(encoding, values.shape, block, value.bits)
+    body = pack_blocks(values.reshape(-1), cut, value, factor, tagged)
+    if body.misfit is not None:
+        raise CodecError(_misfit(values, body.misfit, cut, value, factor))
+    lengths = np.concatenate([np.zeros(1, np.int64), np.cumsum(body.lengths)])
+    if lengths[-1] > MAX_BODY_BYTES:
+        raise CodecError(
+            f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
+        )
+    metadata = int(body.metadata.sum())
+    header = Header(encoding, value, values.shape, block, factor, tagged, metadata, int(lengths[-1]) - metadata)
+    parts: list[Any] = [_write_header(header), lengths[:-1].astype("<u4").tobytes(), *body.pieces]
+    checksum = 0
+    for part in parts:
+        checksum = crc32c(part, checksum)
+    return Packed(header, b"".join([PREFIX.pack(MAGIC, VERSION, checksum), *parts]))
 
 
 def unpack(packed: Packed) -> torch.Tensor:
     """The tensor that was packed: CPU, float32, in its shape. Raises CodecError for a stream whose parts contradict."""
-    if not isinstance(packed, Packed):
-        raise CodecError(f"unpack takes a Packed: make one of bytes by Packed.from_bytes (got {type(packed).__name__})")
-    header = packed.header
-    bounds = _block_bounds(packed)
-    body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]
-    values = np.empty(header.numel, np.float32)
-    lengths = {"metadata": 0, "payload": 0}
-    for index, start in enumerate(range(0, header.numel, header.block)):
-        piece = values[start : start + header.block]
-        symbols = _read_block(body[bounds[index] : bounds[index + 1]], index, header, piece.size, lengths)
-        piece[:] = decode_values(symbols.codes, header.fmt, header.scale, header.alpha)
-        piece[symbols.tags == Tag.POSITIVE_ALPHA] = header.alpha
-        piece[symbols.tags == Tag.NEGATIVE_ALPHA] = -header.alpha
-    if lengths != {"metadata": header.metadata_bytes, "payload": header.payload_bytes}:
+    header = _header_of(packed)
+    values, metadata = _unpack(packed, 0, header.cut.count)
+    if metadata != header.metadata_bytes:
         raise CodecError(
-            f"the blocks hold {lengths['metadata']} bytes of metadata and {lengths['payload']} of payload; the header "
+            f"the blocks hold {metadata} bytes of metadata and {header.body_bytes - metadata} of payload; the header "
             f"says {header.metadata_bytes} and {header.payload_bytes}"
         )
     return torch.from_numpy(values.reshape(header.shape))
+
+
+def unpack_slice(packed: Packed, start: int, stop: int) -> torch.Tensor:
+    """Elements start .. stop of the flattened tensor that was packed; only the blocks that hold them are decoded.
+
+    CPU, float32, of shape (stop - start,). Raises CodecError for a range outside the tensor, and as `unpack` does.
+    """
+    header = _header_of(packed)
+    if not 0 <= start <= stop <= header.numel:
+        raise CodecError(f"0 <= start <= stop <= {header.numel} does not hold (got start={start}, stop={stop})")
+    if start == stop:
+        return torch.empty(0)
+    bounds = header.cut.bounds
+    first, last = (int(np.searchsorted(bounds, index, "right")) - 1 for index in (start, stop - 1))
+    values, _ = _unpack(packed, first, last + 1)
+    return torch.from_numpy(values[start - bounds[first] : stop - bounds[first]].copy())
+
+
+def _header_of(packed: Packed) -> Header:
+    if not isinstance(packed, Packed):
+        raise CodecError(f"unpack takes a Packed: make one of bytes by Packed.from_bytes (got {type(packed).__name__})")
+    return packed.header
+
+
+def _unpack(packed: Packed, first: int, last: int) -> tuple[npt.NDArray[np.float32], int]:
+    """The values of blocks first .. last, flat, and how many bytes of those blocks are metadata."""
+    header = packed.header
+    body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]
+    offsets = _block_bounds(packed)[first : last + 1]
+    return unpack_blocks(body, offsets, header.cut, first, header.fmt, header.scale, header.alpha)
 
 
 def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
@@ -177,23 +197,15 @@ def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
     return PREFIX.size + FIELDS.size + sum(len(_text(text)) for text in _names(codec, fmt)) + 8 * dimensions
 
 
-def _symbols(
-    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32, alpha: np.float32, tags_alpha: bool
-) -> tuple[Symbols, npt.NDArray[np.bool_]]:
-    """The symbols of x, and which of them give the element back bit for bit (any NaN for a NaN)."""
-    codes = encode_values(x, fmt, scale, alpha)
-    decoded = decode_values(codes, fmt, scale, alpha)
-    exact = (decoded.view(np.int32) == x.view(np.int32)) | (np.isnan(decoded) & np.isnan(x))
-    tags = (codes != 0).astype(np.uint8)
-    if tags_alpha and alpha > 0:
-        tagged = np.abs(x) == alpha
-        exact |= tagged
-        codes[tagged] = 0
-        tags[tagged] = np.where(x[tagged] > 0, Tag.POSITIVE_ALPHA, Tag.NEGATIVE_ALPHA)
-    return Symbols(tags, codes), exact
-
-
-def _misfit(values: npt.NDArray[np.float32], flat: int, codec: Codec, fmt: Format, scale: np.float32) -> str:
+def _misfit(values: npt.NDArray[np.float32], flat: int, cut: Cut, fmt: Format, scale: np.float32) -> str:
+    codec = cut.codec
+    if flat < 0:
+        flat = -1 - flat
+        position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
+        return (
+            f"the group of {codec.second} elements at element {flat} (index {position}) has more than {codec.first} "
+            f"nonzeros: codec {codec.name!r} cannot hold it"
+        )
     position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
     grid = f"a value of {fmt.name}" if scale == 1 else f"{scale!s} times a value of {fmt.name}"
     alphas = " or +-alpha" if codec.tags_alpha else ""
@@ -201,29 +213,6 @@ def _misfit(values: npt.NDArray[np.float32], flat: int, codec: Codec, fmt: Forma
         f"element {flat} (index {position}) is {values.reshape(-1)[flat]!s}: codec {codec.name!r} needs {grid}{alphas}"
         "; quantize the tensor first"
     )
-
-
-def _read_block(
-    data: npt.NDArray[np.uint8], index: int, header: Header, numel: int, lengths: dict[str, int]
-) -> Symbols:
-    """The symbols of one block; the bytes of each part are added to `lengths`."""
-    position = 0
-
-    def read(stream: Stream, count: int) -> npt.NDArray[np.uint32]:
-        nonlocal position
-        bits = stream.bits or header.fmt.bits
-        start, position = position, position + -(-count * bits // 8)
-        if position > data.size:
-            raise CodecError(f"block {index} is {data.size} bytes long, its streams go on to byte {position}")
-        lengths[stream.part] += position - start
-        return read_fields(data[start:position], bits, count)
-
-    symbols = header.codec.join(read, numel)
-    if position != data.size:
-        raise CodecError(f"block {index} is {data.size} bytes long, its streams end at byte {position}")
-    if header.alpha == 0 and (symbols.tags > Tag.VALUE).any():
-        raise CodecError(f"block {index} holds +-alpha, but the header has no alpha")
-    return symbols
 
 
 def _block_bounds(packed: Packed) -> npt.NDArray[np.int64]:
@@ -302,6 +291,5 @@ def _check_length(packed: Packed) -> None:
     length = front + header.body_bytes
     if length != len(packed.stream):
         raise CodecError(f"the stream is {len(packed.stream)} bytes long, its header says {length}")
-    widths = [stream.bits or header.fmt.bits for stream in header.codec.streams if stream.count == "numel"]
-    if header.numel * sum(widths) > 8 * header.body_bytes:
+    if header.cut.least_bytes > header.body_bytes:
         raise CodecError(f"{header.body_bytes} bytes of blocks are too few for the shape {header.shape}")

@@ -27,7 +27,7 @@ from accel import block_scaling, rounding, rounding_fast
 from accel.block_formats import BlockFormat
 from accel.block_scaling import AMAX, BlockParameters, amax_scale, power_of_two_scale
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
-from accel.kernels.jit import Kernel, config, kernel, renamed, scalar
+from accel.kernels.jit import Kernel, config, kernel, part, scalar
 from accel.random import philox4x32
 from accel.rounding import Parameters, prune_stochastic, value_of
 from accel.rounding_fast import FastParameters, IntegerParameters
@@ -573,26 +573,22 @@ METHODS = {
 }
 
 
-def _bound(loop: Any, name: str, **names: Any) -> Any:
-    return scalar(renamed(loop, name, {**globals(), **names}))
-
-
 def _kernels(method: str) -> dict[str, Kernel]:
     value, code, record, draws = METHODS[method]
     kernels = {}
     bound: dict[str, Any] = {"PARAMETERS": record, "DRAWS": draws}
     for name, transform, rescaled in (("quantize", value, scaled_back), ("encode", code, unchanged)):
         names = {"transform": transform, "rescaled": rescaled, "SPAN": CHUNK if draws else GROUP}
-        bound["round_plain"] = _bound(_round_plain, f"{name}_{method}_plain", **names)
-        bound["round_by_one"] = _bound(_round_by_one, f"{name}_{method}_by_one", **names)
-        bound["round_scaled"] = _bound(_round_scaled, f"{name}_{method}_scaled", **names)
+        bound["round_plain"] = part(_round_plain, f"{name}_{method}_plain", **names)
+        bound["round_by_one"] = part(_round_by_one, f"{name}_{method}_by_one", **names)
+        bound["round_scaled"] = part(_round_scaled, f"{name}_{method}_scaled", **names)
         kernels[name] = kernel(_round, f"{name}_{method}", **bound)
         kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
         kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
     kernels["both"] = kernel(_round_both, f"both_{method}", **bound)  # bound to the code function
     rows = {
-        "prune_round_by_one": _bound(_prune_round_by_one, f"prune_{method}_by_one", transform=value),
-        "prune_round_scaled": _bound(_prune_round_scaled, f"prune_{method}_scaled", transform=value),
+        "prune_round_by_one": part(_prune_round_by_one, f"prune_{method}_by_one", transform=value),
+        "prune_round_scaled": part(_prune_round_scaled, f"prune_{method}_scaled", transform=value),
     }
     kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", **rows, **bound)
     return kernels

@@ -94,6 +94,11 @@ def scalar(function: Callable[..., Any]) -> Any:
     return numba.njit(function, no_cpython_wrapper=not config.ENABLE_CUDASIM, **options)  # type: ignore[call-overload]
 
 
+def part(function: Callable[..., Any], name: str, **bound: Any) -> Any:
+    """`scalar` of a function under another name; bound: what names that it uses mean."""
+    return scalar(renamed(function, name, {**function.__globals__, **bound}))
+
+
 def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
     """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk.
 

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -420,6 +421,18 @@ class Pruning(Section):
         return 10 if self.threshold == "empirical" else "epoch"
 
 
+def _known_codec(name: str) -> str:
+    import accel
+
+    accel.find_codec(name)
+    return name
+
+
+Codec = Annotated[
+    str, AfterValidator(_known_codec), WithJsonSchema({"type": "string", "pattern": r"^[a-z0-9_]+(\([0-9:]+\))?$"})
+]
+
+
 class TensorSpec(Section):
     """How one kind of tensor is represented in the emulated hardware."""
 
@@ -439,8 +452,9 @@ class TensorSpec(Section):
     rounded to a power of two, or the mean of the fitted lognormal distribution. A block format needs none."""
     granularity: Literal["tensor", "channel"] = "tensor"
     """One scale per tensor or per channel; tensor for a block format, whose blocks have their own."""
-    codec: Literal["dense", "bitmask", "alpha"] = "dense"
-    """Encoding in memory: all values, a bitmask and the nonzeros, or tags for 0 and +-alpha and the other values."""
+    codec: Codec = "dense"
+    """Encoding in memory: dense (all values), bitmask, bitmask2, rle(BITS), coo, csr or nm(N:M) for zeros; alpha_tag,
+    alpha or alpha_entropy for zeros and +-alpha."""
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> TensorSpec:
@@ -449,12 +463,15 @@ class TensorSpec(Section):
         fmt, is_pruned = number_format(self.format), getattr(self, "pruning", None) is not None
         if self.random_bits != 32 and self.rounding != "stochastic":
             raise _error_at("random_bits", f"needs rounding stochastic: {self.rounding} draws no random bits")
-        if not is_pruned and self.codec == "alpha":
-            raise _error_at("codec", "'alpha' is allowed only for gradients that are pruned: no value is +-alpha here")
+        if not is_pruned and accel.find_codec(self.codec).tags_alpha:
+            message = f"{self.codec!r} is allowed only for gradients that are pruned: no value is +-alpha here"
+            raise _error_at("codec", message)
         if not is_pruned and isinstance(fmt, accel.Format) and fmt.alpha_codes:
             message = "alpha_codes are allowed only for gradients that are pruned: no value is +-alpha here"
             raise _error_at("format", message)
         if isinstance(fmt, accel.BlockFormat):
+            if not accel.find_codec(self.codec).is_counted:
+                raise _error_at("codec", f"{self.codec!r} needs a scalar format (got the block format {fmt.name!r})")
             for key, allowed in (("scale", "none"), ("granularity", "tensor")):
                 if (given := getattr(self, key)) != allowed:
                     its_own = f"the block format {fmt.name!r}, whose blocks have scales of their own"
@@ -472,14 +489,14 @@ class GradientSpec(TensorSpec):
     def _one_scale_holds_alpha(self) -> GradientSpec:
         import accel
 
-        if self.pruning is None or self.codec == "alpha":
+        if self.pruning is None or accel.find_codec(self.codec).tags_alpha:
             return self
         fmt = number_format(self.format)
         if self.granularity == "channel" and not (isinstance(fmt, accel.Format) and fmt.alpha_codes):
-            message = "'channel' with pruning needs codec alpha or a format with alpha_codes"
+            message = "'channel' with pruning needs a codec that tags alpha (alpha) or a format with alpha_codes"
             raise _error_at("granularity", f"{message}: one alpha fits no several scales")
         if isinstance(fmt, accel.BlockFormat):
-            message = "must be 'alpha' with pruning and a block format: one alpha fits no several scales"
+            message = "must be 'alpha' or 'alpha_tag' with pruning and a block format: one alpha fits no several scales"
             raise _error_at("codec", f"{message} (got {shown(self.codec)})")
         return self
 

@@ -234,8 +234,8 @@ emulation:
         "c.yaml:13:39: emulation.gradients.format.exponent_bits: must be <= 8 (got 9)",
         "c.yaml:13:81: emulation.gradients.pruning.sparsity: must be < 1 (got 1.5)",
         "c.yaml:13:95: emulation.gradients.pruning.refresh: must be a number of steps or 'epoch' (got 'epoc')",
-        "c.yaml:13:109: emulation.gradients.codec: must be 'dense', 'bitmask' or 'alpha' (got 'alfa'); "
-        "did you mean 'alpha'?",
+        "c.yaml:13:109: emulation.gradients.codec: unknown codec 'alfa' (did you mean 'alpha'?); allowed: dense, "
+        "bitmask, bitmask2, rle, coo, csr, nm, alpha_tag, alpha, alpha_entropy, also rle(BITS) and nm(N:M)",
         "c.yaml:14:52: emulation.overrides.0.activations.format: must be the name of a format, a file or a mapping "
         "(got 8)",
     ]
@@ -606,12 +606,20 @@ def test_a_format_file_that_builds_on_itself(write: Write) -> None:
             "alpha_codes are allowed only for gradients",
         ),
         ("gradients", "{format: {base: e4m3fn, alpha_codes: true}}", "format", "alpha_codes are allowed only for"),
-        ("gradients", "{format: mxfp4, pruning: {sparsity: 0.5}}", "codec", "must be 'alpha' with pruning and a block"),
+        ("gradients", "{format: mxfp4, pruning: {sparsity: 0.5}}", "codec", "must be 'alpha' or 'alpha_tag' with"),
+        (
+            "gradients",
+            "{format: mxfp4, codec: rle}",
+            "codec",
+            "'rle' needs a scalar format (got the block format 'mxfp4')",
+        ),
+        ("weights", "{format: e5m2, codec: rle(17)}", "codec", "codec 'rle(17)': a run takes 1 to 16 bits"),
+        ("weights", "{format: e5m2, codec: alpha_tag}", "codec", "'alpha_tag' is allowed only for gradients"),
         (
             "gradients",
             "{format: e5m2, granularity: channel, pruning: {sparsity: 0.5}}",
             "granularity",
-            "'channel' with pruning needs codec alpha",
+            "'channel' with pruning needs a codec that tags alpha",
         ),
     ],
 )

@@ -1,0 +1,48 @@
+"""Two bits an element say what it is: zero, +alpha, -alpha or a value, and only values are stored."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from accel.codecs.bits import compact, count_flags, get_fields, get_pairs, put_fields, put_pairs
+from accel.codecs.codec import VALUE, Codec, Content, Setting, Stream
+from accel.kernels.jit import scalar
+
+
+def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
+    return (
+        Stream("metadata", content.numel, 2, "fixed"),
+        Stream("payload", content.survivors, setting.bits),
+    )
+
+
+@scalar
+def flag_values(work, numel):  # type: ignore[no-untyped-def]
+    for i in range(numel):
+        work.flags[i] = np.uint8(work.tags[i] == VALUE)
+
+
+@scalar
+def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+    flag_values(work, numel)
+    values = compact(work.codes, work.flags, numel, work.fields)
+    middle = put_pairs(work.tags_8, work.tags, numel, out, position)
+    return middle, put_fields(work.fields, values, setting.bits, out, middle)
+
+
+@scalar
+def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
+    middle = get_pairs(data, position, end, numel, work.tags_8)
+    if middle < 0:
+        return middle, middle
+    flag_values(work, numel)
+    place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
+    found = np.uint64(0)
+    for i in range(numel):
+        flag = work.flags[i]
+        work.codes[i] = work.fields[found] if flag else np.uint32(0)
+        found += np.uint64(flag)
+    return middle, place
+
+
+ALPHA_TAG = Codec("alpha_tag", streams, write, read, tags_alpha=True)

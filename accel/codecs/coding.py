@@ -1,0 +1,169 @@
+"""Blocks of values to bytes and back, on all threads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from accel import launch
+from accel.codecs.blocks import Cut
+from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, CodecError
+from accel.codecs.loops import packer, unpacker
+from accel.formats import Format
+from accel.kernels.cpu import run
+from accel.rounding import Parameters, needs_wide, parameters
+
+NO_ALPHA = np.float32(0)
+NO_PATTERN = np.uint32(0xFFFFFFFF)  # of no magnitude
+FAULTS = {
+    TOO_SHORT: "is too short for its streams",
+    TOO_LONG: "goes on after its streams",
+    OUT_OF_RANGE: "holds an index or a count that is out of range",
+    ALPHA_UNKNOWN: "holds +-alpha, but the header has no alpha",
+}
+
+
+class Body(NamedTuple):
+    """Encoded blocks: their bytes in order, and the length of each block and of its metadata.
+
+    misfit: the first element that has no code, or minus (1 + the first of a group with too many nonzeros); None where
+    all fit.
+    """
+
+    pieces: list[npt.NDArray[np.uint8]]
+    lengths: npt.NDArray[np.int64]
+    metadata: npt.NDArray[np.int64]
+    misfit: int | None
+
+
+def crc32c(data: bytes | memoryview | npt.NDArray[np.uint8], before: int = 0) -> int:
+    """CRC-32C (Castagnoli) of the bytes, as RFC 3720 (iSCSI), appendix B.4; before: that of the bytes before them."""
+    return int(google_crc32c.extend(before, bytes(data) if isinstance(data, memoryview) else data))
+
+
+def pack_blocks(x: npt.NDArray[np.float32], cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32) -> Body:
+    """The blocks of a flat tensor. alpha: NO_ALPHA tags nothing."""
+    most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks()), start=np.zeros(cut.count))
+    places = np.concatenate([np.zeros(1, np.int64), np.cumsum(most.astype(np.int64))])
+    out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
+    middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
+    misfits = np.full(cut.count, -1)
+    has_alpha = alpha > 0 and (cut.codec.tags_alpha or fmt.alpha_code is not None)
+    values, divisor, method, fields = _as_codes(x, fmt, scale)
+    run(
+        packer(cut.codec.write, method), cut.count, values, cut.bounds, _room(cut), divisor, scale,
+        alpha.view(np.uint32) if has_alpha else NO_PATTERN, cut.codec.tags_alpha,
+        np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code), *cut.setting, out, places, middles, ends, misfits,
+        *_value_fields(fmt), *fields,
+        threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
+    )  # fmt: skip
+    if (misfits != -1).any():
+        block = int(np.argmax(misfits != -1))
+        first, found = int(cut.bounds[block]), int(misfits[block])
+        return Body([], ends, ends, first + found if found >= 0 else -1 - first + found + 2)
+    places = places[:-1]
+    if cut.codec.shrink is not None:
+        return _shrunk(out, places, ends, cut)
+    lengths = ends - places
+    begins = np.flatnonzero(np.append(True, places[1:] != ends[:-1])[: cut.count])  # of what lies in one piece
+    stops = np.append(begins[1:], cut.count)[: begins.size] - 1
+    pieces = [out[places[begin] : ends[stop]] for begin, stop in zip(begins, stops, strict=True)]
+    return Body(pieces, lengths, middles - places, None)
+
+
+def _shrunk(out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], cut: Cut) -> Body:
+    assert cut.codec.shrink is not None
+    pieces, metadata = [], []
+    for place, end, size in zip(places, ends, cut.sizes, strict=True):
+        piece, length = cut.codec.shrink(out[place:end], int(size), cut.setting)
+        pieces.append(np.frombuffer(piece, np.uint8))
+        metadata.append(length)
+    return Body(pieces, np.array([piece.size for piece in pieces], np.int64), np.array(metadata, np.int64), None)
+
+
+def unpack_blocks(
+    data: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    cut: Cut,
+    first: int,
+    fmt: Format,
+    scale: np.float32,
+    alpha: np.float32,
+) -> tuple[npt.NDArray[np.float32], int]:
+    """The flat values of blocks from number `first` on, and how many bytes of them are metadata.
+
+    offsets: where each block starts in data, and where the last one ends. CodecError where a block is wrong.
+    """
+    count = offsets.size - 1
+    bounds = cut.bounds[first : first + count + 1]
+    middles, faults = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    if cut.codec.restore is not None:
+        data, offsets, middles, faults = _restored(data, offsets, cut, bounds)
+        _check(faults, first, offsets)
+    values = np.empty(int(bounds[-1] - bounds[0]), np.float32)
+    of_base = np.zeros(count, np.int64)
+    run(
+        unpacker(cut.codec.read), count, data, offsets, bounds, _room(cut), scale, alpha, bool(alpha > 0),
+        bool(alpha > 0 and fmt.alpha_code is not None), np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code),
+        *cut.setting, values, of_base, faults, *_value_fields(fmt),
+        threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
+    )  # fmt: skip
+    _check(faults, first, offsets)
+    return values, int((middles if cut.codec.restore is not None else of_base).sum())
+
+
+def _restored(
+    data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cut: Cut, bounds: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(data, offsets) of the blocks as the loop reads them, bytes of metadata of the given ones, and what is wrong."""
+    assert cut.codec.restore is not None
+    pieces, metadata = [], []
+    for low, high, size in zip(offsets[:-1], offsets[1:], np.diff(bounds), strict=True):
+        piece, length = cut.codec.restore(data[low:high], int(size), cut.setting)
+        pieces.append(piece)
+        metadata.append(length)
+    lengths = np.array([piece.size for piece in pieces], np.int64)
+    found = np.array(metadata, np.int64)
+    whole = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
+    return whole, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), found, np.maximum(-found, 0)
+
+
+def _check(faults: npt.NDArray[np.int64], first: int, offsets: npt.NDArray[np.int64]) -> None:
+    if faults.any():
+        block = int(np.argmax(faults != 0))
+        size = int(offsets[block + 1] - offsets[block])
+        raise CodecError(f"block {first + block} ({size} bytes) {FAULTS[int(faults[block])]}")
+
+
+def _as_codes(
+    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32
+) -> tuple[npt.NDArray[np.floating], np.floating, str, tuple[object, ...]]:
+    """(x, scale, method, fields): the code of each value of scale * grid(fmt) is the method's code of x / scale.
+
+    In float32 where products are normal numbers and fewer bits than float32's tell them apart; else in float64.
+    """
+    is_plain = fmt.mantissa_bits <= 20 and fmt.min_subnormal * float(scale) >= 2.0**-126
+    is_plain = is_plain and max(fmt.max, -fmt.min) * float(scale) < 2.0**127 and not needs_wide(fmt)
+    dtype = torch.float32 if is_plain else torch.float64
+    method, fields = launch.method_of(fmt, "nearest_even", "ieee", 32, False, dtype)
+    if is_plain:
+        return x, scale, method, fields
+    return x.astype(np.float64), np.float64(scale), method, fields
+
+
+def _value_fields(fmt: Format) -> Parameters:
+    return parameters(fmt, wide=needs_wide(fmt))
+
+
+def _room(cut: Cut) -> int:
+    """The most fields of a stream, and the most elements of a block."""
+    fields = [float(fields.max(initial=0)) for fields, _ in cut.streams_of_full_blocks()]
+    return int(max(cut.sizes.max(initial=0), *fields))
+
+
+def _block_elements(cut: Cut) -> int:
+    return cut.numel // max(cut.count, 1)

@@ -1,0 +1,95 @@
+"""Compressed rows of a matrix (shape[0] x rest): where each row's nonzeros begin, their columns and values.
+
+A block holds whole rows. Its first field says how many nonzeros it has, n; a row pointer takes as many bits as count
+up to n, and the last one is n itself. (Compressed columns are the compressed rows of the transpose.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
+from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
+from accel.kernels.jit import scalar
+
+
+def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
+    pointers = Stream("metadata", content.rows + 1, bit_length(content.nonzeros))
+    return (
+        Stream("metadata", 1, bit_length(content.numel), "fixed"),
+        _expected_pointers(content) if content.is_expected else pointers,
+        Stream("metadata", content.nonzeros, setting.index_bits),
+        Stream("payload", content.nonzeros, setting.bits),
+    )
+
+
+def _expected_pointers(content: Content) -> Stream:
+    """The mean over how many bits the pointers of a block of independent elements may take."""
+    from scipy.stats import binom
+
+    widths = np.arange(int(bit_length(content.numel)) + 1)
+    share = min(content.nonzeros / content.numel, 1.0)
+    at_most = binom.cdf((1 << widths) - 1, content.numel, share)
+    shares = np.diff(at_most, prepend=0.0)
+    return Stream("metadata", 1, float((shares * 8 * np.ceil((content.rows + 1) * widths / 8)).sum()), "padded")
+
+
+@scalar
+def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+    found = np.uint64(0)
+    for i in range(numel):
+        work.fields[found] = work.codes[i]
+        found += np.uint64(work.tags[i] != ZERO)
+    nonzeros, width, rows = np.int64(found), width_of(np.int64(found)), numel // setting.row_length
+    middle = put_number(nonzeros, width_of(numel), out, position)
+    pointers, found = work.others, np.uint64(0)
+    for row in range(rows):
+        pointers[row] = np.uint32(found)
+        low = row * setting.row_length
+        for i in range(low, low + setting.row_length):
+            found += np.uint64(work.tags[i] != ZERO)
+    pointers[rows] = np.uint32(nonzeros)
+    middle = put_fields(pointers, rows + 1, width, out, middle)
+    columns, found = work.others, np.uint64(0)
+    for row in range(rows):
+        low = row * setting.row_length
+        for column in range(setting.row_length):
+            columns[found] = np.uint32(column)
+            found += np.uint64(work.tags[low + column] != ZERO)
+    middle = put_fields(columns, nonzeros, setting.index_bits, out, middle)
+    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+
+
+@scalar
+def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
+    nonzeros, middle = get_number(data, position, end, width_of(numel))
+    if middle < 0 or nonzeros > numel:
+        return min(middle, -OUT_OF_RANGE), -OUT_OF_RANGE
+    rows, pointers = numel // setting.row_length, work.codes
+    middle = get_fields(data, middle, end, rows + 1, width_of(nonzeros), pointers)
+    middle = get_fields(data, middle, end, nonzeros, setting.index_bits, work.others)
+    place = get_fields(data, middle, end, nonzeros, setting.bits, work.fields)
+    if place < 0:
+        return place, place
+    if pointers[0] != 0 or pointers[rows] != nonzeros:
+        return middle, -OUT_OF_RANGE
+    work.tags[:numel] = ZERO
+    for row in range(rows):
+        low, high = np.int64(pointers[row]), np.int64(pointers[row + 1])
+        if low > high or high > nonzeros:
+            return middle, -OUT_OF_RANGE
+        last = np.int64(-1)
+        for k in range(low, high):
+            column = np.int64(work.others[k])
+            if column <= last or column >= setting.row_length:
+                return middle, -OUT_OF_RANGE
+            last = column
+            work.others[k] = np.uint32(row * setting.row_length + column)
+            work.tags[row * setting.row_length + column] = VALUE
+    work.codes[:numel] = np.uint32(0)
+    for k in range(nonzeros):
+        work.codes[work.others[k]] = work.fields[k]
+    return middle, place
+
+
+CSR = Codec("csr", streams, write, read, rows="whole", is_counted=False)

@@ -1,0 +1,142 @@
+"""The CPU loops over blocks: values to codes to bytes, and back."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from accel.codecs.codec import ALPHA_UNKNOWN, FITS, NEGATIVE_ALPHA, POSITIVE_ALPHA, TOO_LONG, VALUE, Setting, Work
+from accel.kernels.cpu import METHODS, VALUE_FIELDS
+from accel.kernels.jit import Kernel, kernel, part, scalar
+from accel.rounding import Parameters, value_of
+from accel.words import bits_of
+
+MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+SIGN_SHIFT = np.uint32(31)
+NO_CODE, NO_DRAW = np.uint32(0), np.uint32(0)
+
+
+@scalar
+def work_for(room):  # type: ignore[no-untyped-def]
+    """Arrays for blocks whose streams have up to `room` fields."""
+    tags_8, flags_8 = np.empty(room // 8 + 2, np.uint64), np.empty(room // 8 + 2, np.uint64)
+    codes, fields, others = np.empty(room + 1, np.uint32), np.empty(room + 1, np.uint32), np.empty(room + 1, np.uint32)
+    return Work(tags_8, tags_8.view(np.uint8), codes, flags_8, flags_8.view(np.uint8), fields, others)
+
+
+@scalar
+def is_same(value, x):  # type: ignore[no-untyped-def]
+    """Bit for bit, any NaN for a NaN."""
+    one, other = bits_of(value), bits_of(x)
+    both_nan = (np.uint32(one & MAGNITUDE) > INFINITY) & (np.uint32(other & MAGNITUDE) > INFINITY)
+    return (one == other) | both_nan
+
+
+def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, work, v, p):  # type: ignore[no-untyped-def]
+    """Tags and codes of a block; returns its first element that has none, or -1.
+
+    scale: in x's type, factor: the same in float32. alpha_bits: the pattern of alpha, of a NaN for no alpha.
+    """
+    wrong = np.uint32(0)
+    for i in range(x.size):
+        quotient = x[i] / scale
+        quotient = quotient if quotient == quotient else x.dtype.type(np.nan)  # a NaN has no sign
+        code = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
+        value = np.float32(np.float32(value_of(code, v)) * factor)
+        given = np.float32(x[i])
+        is_alpha = np.uint32(bits_of(given) & MAGNITUDE) == alpha_bits
+        sign = np.uint32(bits_of(given) >> SIGN_SHIFT)
+        is_wrong = (not is_same(value, given)) & (not is_alpha)
+        wrong |= np.uint32(is_wrong)
+        lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
+        code = lifted if is_alpha else code
+        tag = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else np.uint8(code != NO_CODE)
+        work.codes[i] = code
+        work.tags[i] = tag
+    if wrong:
+        for i in range(x.size):
+            code = np.uint32(transform(x[i] / scale, NO_DRAW, p))  # noqa: F821
+            value, given = np.float32(np.float32(value_of(code, v)) * factor), np.float32(x[i])
+            if (not is_same(value, given)) & (np.uint32(bits_of(given) & MAGNITUDE) != alpha_bits):
+                return i
+    return -1
+
+
+def _pack(  # type: ignore[no-untyped-def]
+    start, stop, x, bounds, room, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code,
+    bits, index_bits, row_length, first, second, out, places, middles, ends, misfits, *fields
+):  # fmt: skip
+    """Blocks one after another into out, from places[start] on; places, middles, ends: of each, in out.
+
+    misfits: the first element of a block that has no code, or -2 - the first of a group with too many nonzeros; -1
+    where all is well.
+    """
+    v, p = Parameters(*fields[:VALUE_FIELDS]), PARAMETERS(*fields[VALUE_FIELDS:])  # noqa: F821
+    setting = Setting(bits, index_bits, row_length, first, second)
+    work = work_for(room)
+    position = places[start]
+    for block in range(start, stop):
+        piece = x[bounds[block] : bounds[block + 1]]
+        misfits[block] = symbols(  # noqa: F821
+            piece, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, work, v, p
+        )
+        places[block] = position
+        if misfits[block] < 0:
+            middle, end = write(work, piece.size, setting, out, position)  # noqa: F821
+            if middle < 0:
+                misfits[block] = middle - 1
+            else:
+                middles[block], ends[block], position = middle, end, end
+
+
+def _unpack(  # type: ignore[no-untyped-def]
+    start, stop, data, offsets, bounds, room, factor, alpha, has_alpha, has_alpha_codes, alpha_code, sign_code,
+    bits, index_bits, row_length, first, second, out, middles, faults, *fields
+):  # fmt: skip
+    """The blocks' values into out. offsets: where each block starts in data, and where the last one ends.
+
+    middles: bytes of metadata of each block; faults: what is wrong with each.
+    """
+    v = Parameters(*fields)
+    setting = Setting(bits, index_bits, row_length, first, second)
+    work = work_for(room)
+    for block in range(start, stop):
+        low, end = offsets[block], offsets[block + 1]
+        target = out[bounds[block] - bounds[0] : bounds[block + 1] - bounds[0]]
+        middle, place = read(data, low, end, target.size, setting, work)  # noqa: F821
+        if place < 0:
+            faults[block] = -place
+            continue
+        faults[block] = FITS if place == end else TOO_LONG
+        middles[block] = middle - low
+        top_tag = VALUE
+        for i in range(target.size):
+            tag, code = work.tags[i], work.codes[i]
+            value = np.float32(np.float32(value_of(code, v)) * factor)
+            is_negative = (tag == NEGATIVE_ALPHA) | (has_alpha_codes & (code == np.uint32(alpha_code | sign_code)))
+            is_positive = (tag == POSITIVE_ALPHA) | (has_alpha_codes & (code == alpha_code))
+            value = alpha if is_positive else value
+            target[i] = -alpha if is_negative else value
+            top_tag = tag if tag > top_tag else top_tag
+        if top_tag > VALUE and not has_alpha:
+            faults[block] = ALPHA_UNKNOWN
+
+
+@cache
+def packer(write: Any, method: str) -> Kernel:
+    """The loop that packs by a codec's `write`, for values that a method of rounding turns into codes."""
+    _, code, record, _ = METHODS[method]
+    symbols = part(_symbols, f"symbols_{method}", transform=code)
+    return kernel(_pack, f"pack_{_codec_of(write)}_{method}", write=write, symbols=symbols, PARAMETERS=record)
+
+
+@cache
+def unpacker(read: Any) -> Kernel:
+    """The loop that unpacks by a codec's `read`."""
+    return kernel(_unpack, f"unpack_{_codec_of(read)}", read=read)
+
+
+def _codec_of(function: Any) -> str:
+    return str(function.py_func.__module__.rpartition(".")[2])
