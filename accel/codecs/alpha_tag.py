@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bits import compact, count_flags, get_fields, get_pairs, put_fields, put_pairs
+from accel.codecs.bits import count_flags, get_fields, get_pairs, put_fields, put_pairs
 from accel.codecs.codec import VALUE, Codec, Content, Setting, Stream
+from accel.codecs.gather import compact, scatter
 from accel.kernels.jit import scalar
 
 
@@ -34,15 +35,11 @@ def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
 def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
     middle = get_pairs(data, position, end, numel, work.tags_8)
     if middle < 0:
-        return middle, middle
+        return middle, middle, 0
     flag_values(work, numel)
     place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
-    found = np.uint64(0)
-    for i in range(numel):
-        flag = work.flags[i]
-        work.codes[i] = work.fields[found] if flag else np.uint32(0)
-        found += np.uint64(flag)
-    return middle, place
+    scatter(work.fields, work.flags, numel, work.codes)
+    return middle, place, numel
 
 
 ALPHA_TAG = Codec("alpha_tag", streams, write, read, tags_alpha=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bits import compact, count_flags, get_fields, get_flags, put_fields, put_flags
+from accel.codecs.bits import count_flags, get_fields, get_flags, put_fields, put_flags
 from accel.codecs.codec import VALUE, ZERO, Codec, Content, Setting, Stream
+from accel.codecs.gather import compact
 from accel.kernels.jit import scalar
 
 
@@ -31,24 +32,21 @@ def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def scatter(work, numel):  # type: ignore[no-untyped-def]
-    """Codes and tags of a block from those of its flagged elements, which `fields` holds one after another."""
-    found = np.uint64(0)
-    for i in range(numel):
-        flag = work.flags[i]
-        work.codes[i] = work.fields[found] if flag else np.uint32(0)
-        work.tags[i] = VALUE if flag else ZERO
-        found += np.uint64(flag)
-
-
-@scalar
 def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
     middle = get_flags(data, position, end, numel, work.flags_8)
     if middle < 0:
-        return middle, middle
-    place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
-    scatter(work, numel)
-    return middle, place
+        return middle, middle, 0
+    return middle, *read_nonzeros(data, middle, end, numel, setting, work)
 
 
-BITMASK = Codec("bitmask", streams, write, read)
+@scalar
+def read_nonzeros(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
+    """The payload of the flagged elements: (position after it, how many they are)."""
+    nonzeros = count_flags(work.flags, numel)
+    place = get_fields(data, position, end, nonzeros, setting.bits, work.codes)
+    for i in range(nonzeros):
+        work.tags[i] = VALUE
+    return place, nonzeros
+
+
+BITMASK = Codec("bitmask", streams, write, read, is_masked=True)

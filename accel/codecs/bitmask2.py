@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bitmask import flag_nonzeros, scatter
-from accel.codecs.bits import compact, count_flags, get_fields, get_flags, put_fields, put_flags
+from accel.codecs.bitmask import flag_nonzeros, read_nonzeros
+from accel.codecs.bits import count_flags, get_flags, put_fields, put_flags
 from accel.codecs.codec import Codec, Content, Setting, Stream
+from accel.codecs.gather import compact
 from accel.kernels.jit import scalar
 
 GROUP = 32
@@ -52,13 +53,13 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
     groups = -(-numel // GROUP)
     middle = get_flags(data, position, end, groups, work.tags_8)
     if middle < 0:
-        return middle, middle
+        return middle, middle, 0
     masked = count_flags(work.tags, groups) * GROUP
     if numel % GROUP and work.tags[groups - 1]:
         masked += numel % GROUP - GROUP
     middle = get_flags(data, middle, end, masked, work.flags_8)
     if middle < 0:
-        return middle, middle
+        return middle, middle, 0
     for group in range(groups - 1, -1, -1):  # from the end: a mask never moves to a lower place
         low, high = group * GROUP, min((group + 1) * GROUP, numel)
         if work.tags[group]:
@@ -68,9 +69,7 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
         else:
             for i in range(low, high):
                 work.flags[i] = 0
-    place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
-    scatter(work, numel)
-    return middle, place
+    return middle, *read_nonzeros(data, middle, end, numel, setting, work)
 
 
-BITMASK2 = Codec("bitmask2", streams, write, read, is_counted=False)
+BITMASK2 = Codec("bitmask2", streams, write, read, is_masked=True, is_counted=False)

@@ -163,16 +163,6 @@ def get_number(data, position, end, bits):  # type: ignore[no-untyped-def]
 
 
 @scalar
-def compact(values, flags, count, kept):  # type: ignore[no-untyped-def]
-    """The values whose flag is 1, one after another; returns how many. kept: one longer than they may be."""
-    found = ZERO_64
-    for i in range(count):
-        kept[found] = values[i]
-        found += np.uint64(flags[i])
-    return np.int64(found)
-
-
-@scalar
 def count_flags(flags, count):  # type: ignore[no-untyped-def]
     found = np.int64(0)
     for i in range(count):

@@ -68,11 +68,15 @@ class Work(NamedTuple):
 
     tags_8: npt.NDArray[np.uint64]
     tags: npt.NDArray[np.uint8]
-    codes: npt.NDArray[np.uint32]
     flags_8: npt.NDArray[np.uint64]
     flags: npt.NDArray[np.uint8]
+    signs_8: npt.NDArray[np.uint64]
+    signs: npt.NDArray[np.uint8]
+    codes: npt.NDArray[np.uint32]
     fields: npt.NDArray[np.uint32]
     others: npt.NDArray[np.uint32]
+    more: npt.NDArray[np.uint32]
+    values: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ class Codec:
         expected as of independent elements.
     write(work, numel, setting, out, position): the block of work.tags and work.codes into bytes, from `position` on;
         returns where the metadata and where the payload ends.
-    read(data, position, end, numel, setting, work): the reverse; returns where the metadata ends and where the payload,
-        or less than zero: minus what is wrong.
+    read(data, position, end, numel, setting, work): the reverse; returns where the metadata and where the payload ends
+        (less than zero: minus what is wrong), and how many elements are in work.tags and work.codes.
+    is_masked: whether `read` gives the nonzeros only, and work.flags tells which elements they are.
     tags_alpha: whether +-alpha leaves the value format; if not, +-alpha is a value like any other.
     rows: `ignored`; or a block holds `whole` rows; or whole rows, and rows longer than a block are `cut`.
     is_counted: whether the counts of blocks of equal size tell the stream's length.
@@ -98,6 +103,7 @@ class Codec:
     read: Any
     first: int = 0
     second: int = 0
+    is_masked: bool = False
     tags_alpha: bool = False
     rows: Literal["ignored", "whole", "cut"] = "ignored"
     is_counted: bool = True

@@ -93,8 +93,9 @@ def unpack_blocks(
     fmt: Format,
     scale: np.float32,
     alpha: np.float32,
-) -> tuple[npt.NDArray[np.float32], int]:
-    """The flat values of blocks from number `first` on, and how many bytes of them are metadata.
+    values: npt.NDArray[np.float32],
+) -> int:
+    """Fills in the flat values of blocks from number `first` on; returns how many bytes of them are metadata.
 
     offsets: where each block starts in data, and where the last one ends. CodecError where a block is wrong.
     """
@@ -104,16 +105,16 @@ def unpack_blocks(
     if cut.codec.restore is not None:
         data, offsets, middles, faults = _restored(data, offsets, cut, bounds)
         _check(faults, first, offsets)
-    values = np.empty(int(bounds[-1] - bounds[0]), np.float32)
     of_base = np.zeros(count, np.int64)
     run(
-        unpacker(cut.codec.read), count, data, offsets, bounds, _room(cut), scale, alpha, bool(alpha > 0),
-        bool(alpha > 0 and fmt.alpha_code is not None), np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code),
+        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha,
+        bool(alpha > 0), bool(alpha > 0 and fmt.alpha_code is not None), np.uint32(fmt.alpha_code or 0),
+        np.uint32(fmt.sign_code),
         *cut.setting, values, of_base, faults, *_value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     _check(faults, first, offsets)
-    return values, int((middles if cut.codec.restore is not None else of_base).sum())
+    return int((middles if cut.codec.restore is not None else of_base).sum())
 
 
 def _restored(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from accel.codecs.bitmask import flag_nonzeros
 from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
+from accel.codecs.gather import compact
 from accel.kernels.jit import scalar
 
 
@@ -18,13 +20,18 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    found = np.uint64(0)
+def list_nonzeros(work, numel):  # type: ignore[no-untyped-def]
+    """The indices of the nonzeros to `others`, their codes to `fields`; returns how many."""
+    flag_nonzeros(work, numel)
     for i in range(numel):
-        work.others[found] = np.uint32(i)
-        work.fields[found] = work.codes[i]
-        found += np.uint64(work.tags[i] != ZERO)
-    nonzeros = np.int64(found)
+        work.more[i] = np.uint32(i)
+    compact(work.more, work.flags, numel, work.others)
+    return compact(work.codes, work.flags, numel, work.fields)
+
+
+@scalar
+def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+    nonzeros = list_nonzeros(work, numel)
     middle = put_number(nonzeros, width_of(numel), out, position)
     middle = put_fields(work.others, nonzeros, setting.index_bits, out, middle)
     return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
@@ -34,22 +41,22 @@ def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
 def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
     nonzeros, middle = get_number(data, position, end, width_of(numel))
     if middle < 0 or nonzeros > numel:
-        return min(middle, -OUT_OF_RANGE), -OUT_OF_RANGE
+        return middle, -OUT_OF_RANGE, 0
     middle = get_fields(data, middle, end, nonzeros, setting.index_bits, work.others)
     place = get_fields(data, middle, end, nonzeros, setting.bits, work.fields)
     if place < 0:
-        return place, place
+        return place, place, 0
     work.tags[:numel] = ZERO
     work.codes[:numel] = np.uint32(0)
     last = np.int64(-1)
     for k in range(nonzeros):
         at = np.int64(work.others[k])
         if at <= last or at >= numel:
-            return middle, -OUT_OF_RANGE
+            return middle, -OUT_OF_RANGE, 0
         work.codes[at] = work.fields[k]
         work.tags[at] = VALUE
         last = at
-    return middle, place
+    return middle, place, numel
 
 
 COO = Codec("coo", streams, write, read)

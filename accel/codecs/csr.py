@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
+from accel.codecs.bits import count_flags, get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
+from accel.codecs.coo import list_nonzeros
 from accel.kernels.jit import scalar
 
 
@@ -36,27 +37,17 @@ def _expected_pointers(content: Content) -> Stream:
 
 @scalar
 def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    found = np.uint64(0)
-    for i in range(numel):
-        work.fields[found] = work.codes[i]
-        found += np.uint64(work.tags[i] != ZERO)
-    nonzeros, width, rows = np.int64(found), width_of(np.int64(found)), numel // setting.row_length
+    nonzeros, rows = list_nonzeros(work, numel), numel // setting.row_length
+    found = 0
+    for row in range(rows):
+        work.more[row] = np.uint32(found)
+        found += count_flags(work.flags[row * setting.row_length :], setting.row_length)
+    work.more[rows] = np.uint32(nonzeros)
     middle = put_number(nonzeros, width_of(numel), out, position)
-    pointers, found = work.others, np.uint64(0)
-    for row in range(rows):
-        pointers[row] = np.uint32(found)
-        low = row * setting.row_length
-        for i in range(low, low + setting.row_length):
-            found += np.uint64(work.tags[i] != ZERO)
-    pointers[rows] = np.uint32(nonzeros)
-    middle = put_fields(pointers, rows + 1, width, out, middle)
-    columns, found = work.others, np.uint64(0)
-    for row in range(rows):
-        low = row * setting.row_length
-        for column in range(setting.row_length):
-            columns[found] = np.uint32(column)
-            found += np.uint64(work.tags[low + column] != ZERO)
-    middle = put_fields(columns, nonzeros, setting.index_bits, out, middle)
+    middle = put_fields(work.more, rows + 1, width_of(nonzeros), out, middle)
+    for k in range(nonzeros):
+        work.others[k] = np.uint32(work.others[k] % np.uint32(setting.row_length))
+    middle = put_fields(work.others, nonzeros, setting.index_bits, out, middle)
     return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
 
 
@@ -64,32 +55,32 @@ def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
 def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
     nonzeros, middle = get_number(data, position, end, width_of(numel))
     if middle < 0 or nonzeros > numel:
-        return min(middle, -OUT_OF_RANGE), -OUT_OF_RANGE
-    rows, pointers = numel // setting.row_length, work.codes
+        return middle, -OUT_OF_RANGE, 0
+    rows, pointers = numel // setting.row_length, work.more
     middle = get_fields(data, middle, end, rows + 1, width_of(nonzeros), pointers)
     middle = get_fields(data, middle, end, nonzeros, setting.index_bits, work.others)
     place = get_fields(data, middle, end, nonzeros, setting.bits, work.fields)
     if place < 0:
-        return place, place
+        return place, place, 0
     if pointers[0] != 0 or pointers[rows] != nonzeros:
-        return middle, -OUT_OF_RANGE
+        return middle, -OUT_OF_RANGE, 0
     work.tags[:numel] = ZERO
     for row in range(rows):
         low, high = np.int64(pointers[row]), np.int64(pointers[row + 1])
         if low > high or high > nonzeros:
-            return middle, -OUT_OF_RANGE
+            return middle, -OUT_OF_RANGE, 0
         last = np.int64(-1)
         for k in range(low, high):
             column = np.int64(work.others[k])
             if column <= last or column >= setting.row_length:
-                return middle, -OUT_OF_RANGE
+                return middle, -OUT_OF_RANGE, 0
             last = column
             work.others[k] = np.uint32(row * setting.row_length + column)
             work.tags[row * setting.row_length + column] = VALUE
     work.codes[:numel] = np.uint32(0)
     for k in range(nonzeros):
         work.codes[work.others[k]] = work.fields[k]
-    return middle, place
+    return middle, place, numel
 
 
 CSR = Codec("csr", streams, write, read, rows="whole", is_counted=False)

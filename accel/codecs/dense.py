@@ -21,7 +21,7 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
     place = get_fields(data, position, end, numel, setting.bits, work.codes)
     for i in range(numel):
         work.tags[i] = VALUE if work.codes[i] != 0 else ZERO
-    return position, place
+    return position, place, numel
 
 
 DENSE = Codec("dense", streams, write, read)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 
+from accel.codecs.bits import count_flags
 from accel.codecs.codec import ALPHA_UNKNOWN, FITS, NEGATIVE_ALPHA, POSITIVE_ALPHA, TOO_LONG, VALUE, Setting, Work
-from accel.kernels.cpu import METHODS, VALUE_FIELDS
+from accel.codecs.gather import scatter
+from accel.kernels.cpu import GROUP, METHODS, VALUE_FIELDS, prefetch
 from accel.kernels.jit import Kernel, kernel, part, scalar
 from accel.rounding import Parameters, value_of
 from accel.words import bits_of
@@ -16,14 +19,19 @@ from accel.words import bits_of
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 SIGN_SHIFT = np.uint32(31)
 NO_CODE, NO_DRAW = np.uint32(0), np.uint32(0)
+PIECE, PIECES_AHEAD = 512, 2  # elements that are worked on at once; how far ahead memory is fetched
 
 
 @scalar
 def work_for(room):  # type: ignore[no-untyped-def]
     """Arrays for blocks whose streams have up to `room` fields."""
-    tags_8, flags_8 = np.empty(room // 8 + 2, np.uint64), np.empty(room // 8 + 2, np.uint64)
-    codes, fields, others = np.empty(room + 1, np.uint32), np.empty(room + 1, np.uint32), np.empty(room + 1, np.uint32)
-    return Work(tags_8, tags_8.view(np.uint8), codes, flags_8, flags_8.view(np.uint8), fields, others)
+    words, size = room // 8 + 2, room + 1
+    tags_8, flags_8, signs_8 = np.empty(words, np.uint64), np.empty(words, np.uint64), np.empty(words, np.uint64)
+    codes, fields, others = np.empty(size, np.uint32), np.empty(size, np.uint32), np.empty(size, np.uint32)
+    return Work(
+        tags_8, tags_8.view(np.uint8), flags_8, flags_8.view(np.uint8), signs_8, signs_8.view(np.uint8),
+        codes, fields, others, np.empty(size, np.uint32), np.empty(size, np.float32),
+    )  # fmt: skip
 
 
 @scalar
@@ -34,34 +42,45 @@ def is_same(value, x):  # type: ignore[no-untyped-def]
     return (one == other) | both_nan
 
 
+@numba.njit
+def first_flag(flags, count):  # type: ignore[no-untyped-def]
+    """Where the first flag is set, -1 where none is."""
+    for i in range(count):
+        if flags[i]:
+            return i
+    return -1
+
+
 def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, work, v, p):  # type: ignore[no-untyped-def]
     """Tags and codes of a block; returns its first element that has none, or -1.
 
     scale: in x's type, factor: the same in float32. alpha_bits: the pattern of alpha, of a NaN for no alpha.
+    In pieces that stay in the nearest cache, and in several loops, which vectorise where one does not.
     """
-    wrong = np.uint32(0)
-    for i in range(x.size):
-        quotient = x[i] / scale
-        quotient = quotient if quotient == quotient else x.dtype.type(np.nan)  # a NaN has no sign
-        code = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
-        value = np.float32(np.float32(value_of(code, v)) * factor)
-        given = np.float32(x[i])
-        is_alpha = np.uint32(bits_of(given) & MAGNITUDE) == alpha_bits
-        sign = np.uint32(bits_of(given) >> SIGN_SHIFT)
-        is_wrong = (not is_same(value, given)) & (not is_alpha)
-        wrong |= np.uint32(is_wrong)
-        lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
-        code = lifted if is_alpha else code
-        tag = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else np.uint8(code != NO_CODE)
-        work.codes[i] = code
-        work.tags[i] = tag
-    if wrong:
-        for i in range(x.size):
-            code = np.uint32(transform(x[i] / scale, NO_DRAW, p))  # noqa: F821
-            value, given = np.float32(np.float32(value_of(code, v)) * factor), np.float32(x[i])
-            if (not is_same(value, given)) & (np.uint32(bits_of(given) & MAGNITUDE) != alpha_bits):
-                return i
-    return -1
+    for base in range(0, x.size, PIECE):
+        piece, codes, tags = x[base : base + PIECE], work.codes[base : base + PIECE], work.tags[base : base + PIECE]
+        values, wrong = work.values[: piece.size], work.signs[base : base + PIECE]
+        for ahead in range(0, PIECE, GROUP):
+            prefetch(piece, PIECES_AHEAD * PIECE + ahead)
+        for i in range(piece.size):
+            quotient = piece[i] / scale
+            quotient = quotient if quotient == quotient else x.dtype.type(np.nan)  # a NaN has no sign
+            codes[i] = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
+        for i in range(piece.size):
+            values[i] = np.float32(np.float32(value_of(codes[i], v)) * factor)
+        for i in range(piece.size):
+            given = np.float32(piece[i])
+            is_alpha = np.uint32(bits_of(given) & MAGNITUDE) == alpha_bits
+            wrong[i] = np.uint8((not is_same(values[i], given)) & (not is_alpha))
+        for i in range(piece.size):
+            given = bits_of(np.float32(piece[i]))
+            is_alpha = np.uint32(given & MAGNITUDE) == alpha_bits
+            sign = np.uint32(given >> SIGN_SHIFT)
+            lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
+            code = lifted if is_alpha else codes[i]
+            codes[i] = code
+            tags[i] = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else np.uint8(code != NO_CODE)
+    return first_flag(work.signs, x.size) if count_flags(work.signs, x.size) > 0 else -1
 
 
 def _pack(  # type: ignore[no-untyped-def]
@@ -105,23 +124,30 @@ def _unpack(  # type: ignore[no-untyped-def]
     for block in range(start, stop):
         low, end = offsets[block], offsets[block + 1]
         target = out[bounds[block] - bounds[0] : bounds[block + 1] - bounds[0]]
-        middle, place = read(data, low, end, target.size, setting, work)  # noqa: F821
+        middle, place, count = read(data, low, end, target.size, setting, work)  # noqa: F821
         if place < 0:
             faults[block] = -place
             continue
         faults[block] = FITS if place == end else TOO_LONG
         middles[block] = middle - low
+        values = work.values if MASKED else target  # noqa: F821
+        for i in range(count):
+            values[i] = np.float32(np.float32(value_of(work.codes[i], v)) * factor)
         top_tag = VALUE
-        for i in range(target.size):
-            tag, code = work.tags[i], work.codes[i]
-            value = np.float32(np.float32(value_of(code, v)) * factor)
-            is_negative = (tag == NEGATIVE_ALPHA) | (has_alpha_codes & (code == np.uint32(alpha_code | sign_code)))
-            is_positive = (tag == POSITIVE_ALPHA) | (has_alpha_codes & (code == alpha_code))
-            value = alpha if is_positive else value
-            target[i] = -alpha if is_negative else value
+        for i in range(count):
+            tag = work.tags[i]
             top_tag = tag if tag > top_tag else top_tag
         if top_tag > VALUE and not has_alpha:
             faults[block] = ALPHA_UNKNOWN
+        if top_tag > VALUE or has_alpha_codes:
+            for i in range(count):
+                tag, code = work.tags[i], work.codes[i]
+                is_negative = (tag == NEGATIVE_ALPHA) | (has_alpha_codes & (code == np.uint32(alpha_code | sign_code)))
+                is_positive = (tag == POSITIVE_ALPHA) | (has_alpha_codes & (code == alpha_code))
+                value = alpha if is_positive else values[i]
+                values[i] = -alpha if is_negative else value
+        if MASKED:  # noqa: F821
+            scatter(values, work.flags, target.size, target)
 
 
 @cache
@@ -133,9 +159,9 @@ def packer(write: Any, method: str) -> Kernel:
 
 
 @cache
-def unpacker(read: Any) -> Kernel:
+def unpacker(read: Any, is_masked: bool) -> Kernel:
     """The loop that unpacks by a codec's `read`."""
-    return kernel(_unpack, f"unpack_{_codec_of(read)}", read=read)
+    return kernel(_unpack, f"unpack_{_codec_of(read)}", read=read, MASKED=is_masked)
 
 
 def _codec_of(function: Any) -> str:

@@ -55,7 +55,7 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
     middle = get_fields(data, position, end, stored, setting.index_bits, work.others)
     place = get_fields(data, middle, end, stored, setting.bits, work.fields)
     if place < 0:
-        return place, place
+        return place, place, 0
     work.tags[:numel] = ZERO
     work.codes[:numel] = np.uint32(0)
     stored = 0
@@ -66,13 +66,13 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
                 j, code = np.int64(work.others[k]), work.fields[k]
                 is_inside = j < group and begin + j < length
                 if j <= last or j >= group or (code != 0 and not is_inside):
-                    return middle, -OUT_OF_RANGE
+                    return middle, -OUT_OF_RANGE, 0
                 last = j
                 if code != 0:
                     work.codes[row * length + begin + j] = code
                     work.tags[row * length + begin + j] = VALUE
             stored += kept
-    return middle, place
+    return middle, place, numel
 
 
 def nm(kept: int = 2, group: int = 4) -> Codec:

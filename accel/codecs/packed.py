@@ -150,16 +150,20 @@ def pack(
     return Packed(header, b"".join([PREFIX.pack(MAGIC, VERSION, checksum), *parts]))
 
 
-def unpack(packed: Packed) -> torch.Tensor:
-    """The tensor that was packed: CPU, float32, in its shape. Raises CodecError for a stream whose parts contradict."""
+def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The tensor that was packed: CPU, float32, in its shape, or `out`, which is all that, contiguous and filled in.
+
+    Raises CodecError for a stream whose parts contradict, and for another out.
+    """
     header = _header_of(packed)
-    values, metadata = _unpack(packed, 0, header.cut.count)
+    result = _result(header, out)
+    metadata = _unpack(packed, 0, header.cut.count, result.reshape(-1).numpy())
     if metadata != header.metadata_bytes:
         raise CodecError(
             f"the blocks hold {metadata} bytes of metadata and {header.body_bytes - metadata} of payload; the header "
             f"says {header.metadata_bytes} and {header.payload_bytes}"
         )
-    return torch.from_numpy(values.reshape(header.shape))
+    return result
 
 
 def unpack_slice(packed: Packed, start: int, stop: int) -> torch.Tensor:
@@ -174,7 +178,8 @@ def unpack_slice(packed: Packed, start: int, stop: int) -> torch.Tensor:
         return torch.empty(0)
     bounds = header.cut.bounds
     first, last = (int(np.searchsorted(bounds, index, "right")) - 1 for index in (start, stop - 1))
-    values, _ = _unpack(packed, first, last + 1)
+    values = np.empty(bounds[last + 1] - bounds[first], np.float32)
+    _unpack(packed, first, last + 1, values)
     return torch.from_numpy(values[start - bounds[first] : stop - bounds[first]].copy())
 
 
@@ -184,12 +189,24 @@ def _header_of(packed: Packed) -> Header:
     return packed.header
 
 
-def _unpack(packed: Packed, first: int, last: int) -> tuple[npt.NDArray[np.float32], int]:
-    """The values of blocks first .. last, flat, and how many bytes of those blocks are metadata."""
+def _result(header: Header, out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        try:
+            return torch.empty(header.shape)
+        except RuntimeError:
+            raise CodecError(f"no memory for a tensor of the shape {header.shape}") from None
+    fits = isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.device.type == "cpu"
+    if not fits or tuple(out.shape) != header.shape or not out.is_contiguous():
+        raise CodecError(f"out must be a contiguous float32 CPU tensor of the shape {header.shape}")
+    return out
+
+
+def _unpack(packed: Packed, first: int, last: int, values: npt.NDArray[np.float32]) -> int:
+    """Fills in the values of blocks first .. last, flat; returns how many bytes of those blocks are metadata."""
     header = packed.header
     body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]
     offsets = _block_bounds(packed)[first : last + 1]
-    return unpack_blocks(body, offsets, header.cut, first, header.fmt, header.scale, header.alpha)
+    return unpack_blocks(body, offsets, header.cut, first, header.fmt, header.scale, header.alpha, values)
 
 
 def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
+from accel.codecs.coo import list_nonzeros
 from accel.kernels.jit import scalar
 
 
@@ -30,41 +31,44 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 @scalar
 def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
     longest = (1 << setting.first) - 1
-    entries, run = 0, 0
-    for i in range(numel):
-        if work.tags[i] != ZERO or run == longest:
-            work.others[entries] = np.uint32(run)
-            work.fields[entries] = work.codes[i]
+    nonzeros = list_nonzeros(work, numel)
+    entries, last = 0, np.int64(-1)
+    for k in range(nonzeros):
+        at = np.int64(work.others[k])
+        zeros = at - last - 1
+        while zeros > longest:
+            work.more[entries] = np.uint32(longest)
+            work.codes[entries] = np.uint32(0)
             entries += 1
-            run = 0
-        else:
-            run += 1
-    while entries > 0 and work.fields[entries - 1] == 0:
-        entries -= 1
+            zeros -= longest + 1
+        work.more[entries] = np.uint32(zeros)
+        work.codes[entries] = work.fields[k]
+        entries += 1
+        last = at
     middle = put_number(entries, width_of(numel), out, position)
-    middle = put_fields(work.others, entries, setting.first, out, middle)
-    return middle, put_fields(work.fields, entries, setting.bits, out, middle)
+    middle = put_fields(work.more, entries, setting.first, out, middle)
+    return middle, put_fields(work.codes, entries, setting.bits, out, middle)
 
 
 @scalar
 def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-def]
     entries, middle = get_number(data, position, end, width_of(numel))
     if middle < 0 or entries > numel:
-        return min(middle, -OUT_OF_RANGE), -OUT_OF_RANGE
+        return middle, -OUT_OF_RANGE, 0
     middle = get_fields(data, middle, end, entries, setting.first, work.others)
     place = get_fields(data, middle, end, entries, setting.bits, work.fields)
     if place < 0:
-        return place, place
+        return place, place, 0
     work.tags[:numel] = ZERO
     work.codes[:numel] = np.uint32(0)
     at = np.int64(-1)
     for entry in range(entries):
         at += np.int64(work.others[entry]) + 1
         if at >= numel:
-            return middle, -OUT_OF_RANGE
+            return middle, -OUT_OF_RANGE, 0
         work.codes[at] = work.fields[entry]
         work.tags[at] = VALUE if work.fields[entry] != 0 else ZERO
-    return middle, place
+    return middle, place, numel
 
 
 def rle(run_bits: int = 4) -> Codec:
