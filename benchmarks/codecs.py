@@ -21,6 +21,7 @@ import zstandard
 from timing import compare, machine, print_lines, print_table, results_path, show_progress, write_json
 
 SPARSITY, SIGMA = 0.85, 2.0
+COLUMNS = 1024  # of the matrix
 PACK_TARGETS = {"alpha": 2.0, "bitmask": 1.6}  # largest multiples of the copy
 UNPACK_TARGETS = {"alpha": 2.2, "bitmask": 1.7}
 SLOW_SECONDS = 3.0  # rows of more than this get fewer repeats
@@ -50,7 +51,7 @@ def two_of_four(x: torch.Tensor) -> torch.Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the rows with targets")
-    parser.add_argument("--elements", type=int, default=1 << 24, help="a multiple of 4 (%(default)s)")
+    parser.add_argument("--elements", type=int, default=1 << 24, help=f"a multiple of {COLUMNS} (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats (%(default)s)")
     parser.add_argument("--json", type=Path, help="where the figures go (results/codecs-<processor>.json)")
     arguments = parser.parse_args()
@@ -75,14 +76,14 @@ def main() -> int:
         if arguments.quick and name not in PACK_TARGETS:
             continue
         fmt = "e4m3fn" if codec.tags_alpha else {"base": "e4m3fn", "alpha_codes": True}
-        tensor = two_of_four(x) if name == "nm" else x
+        tensor = (two_of_four(x) if name == "nm" else x).reshape(-1, COLUMNS)
         packed = accel.pack(tensor, name, fmt, alpha=alpha)
         assert torch.equal(accel.unpack(packed), tensor)
         measure(
             name,
             packed.nbits,
             lambda tensor=tensor, name=name, fmt=fmt: accel.pack(tensor, name, fmt, alpha=alpha),
-            lambda packed=packed: accel.unpack(packed, out=out),
+            lambda packed=packed: accel.unpack(packed, out=out.view(-1, COLUMNS)),
         )
     if not arguments.quick:
         dense = accel.pack(x, "dense", {"base": "e4m3fn", "alpha_codes": True}, alpha=alpha).to_bytes()

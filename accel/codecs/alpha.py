@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bitmask import flag_nonzeros
 from accel.codecs.bits import count_flags, get_fields, get_flags, put_fields, put_flags
 from accel.codecs.codec import NEGATIVE_ALPHA, VALUE, Codec, Content, Setting, Stream
 from accel.codecs.gather import compact, scatter
@@ -24,25 +23,20 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    flag_nonzeros(work, numel)
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
     middle = put_flags(work.flags_8, work.flags, numel, out, position)
-    nonzeros = compact(work.codes, work.flags, numel, work.fields)
-    for i in range(numel):
-        work.others[i] = work.tags[i]
-    compact(work.others, work.flags, numel, work.codes)  # from here on: the tags of the nonzeros
     for i in range(nonzeros):
-        work.flags[i] = np.uint8(work.codes[i] == VALUE)
-    middle = put_flags(work.flags_8, work.flags, nonzeros, out, middle)
-    values = compact(work.fields, work.flags, nonzeros, work.others)
+        work.signs[i] = np.uint8(work.tags[i] == VALUE)
+    values = compact(work.codes, work.signs, nonzeros, work.fields)
+    middle = put_flags(work.signs_8, work.signs, nonzeros, out, middle)
     for i in range(nonzeros):
-        work.flags[i] = np.uint8(work.codes[i] != VALUE)
-        work.fields[i] = np.uint32(work.codes[i] == NEGATIVE_ALPHA)
-    alphas = compact(work.fields, work.flags, nonzeros, work.more)
+        work.signs[i] = np.uint8(work.tags[i] != VALUE)
+        work.others[i] = np.uint32(work.tags[i] == NEGATIVE_ALPHA)
+    alphas = compact(work.others, work.signs, nonzeros, work.more)
     for i in range(alphas):
-        work.flags[i] = np.uint8(work.more[i])
-    middle = put_flags(work.flags_8, work.flags, alphas, out, middle)
-    return middle, put_fields(work.others, values, setting.bits, out, middle)
+        work.signs[i] = np.uint8(work.more[i])
+    middle = put_flags(work.signs_8, work.signs, alphas, out, middle)
+    return middle, put_fields(work.fields, values, setting.bits, out, middle)
 
 
 @scalar

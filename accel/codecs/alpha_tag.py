@@ -18,15 +18,14 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def flag_values(work, numel):  # type: ignore[no-untyped-def]
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
+    for i in range(nonzeros):
+        work.others[i] = work.tags[i]
+        work.signs[i] = np.uint8(work.tags[i] == VALUE)
+    values = compact(work.codes, work.signs, nonzeros, work.fields)
+    scatter(work.others, work.flags, numel, work.more)
     for i in range(numel):
-        work.flags[i] = np.uint8(work.tags[i] == VALUE)
-
-
-@scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    flag_values(work, numel)
-    values = compact(work.codes, work.flags, numel, work.fields)
+        work.tags[i] = np.uint8(work.more[i])
     middle = put_pairs(work.tags_8, work.tags, numel, out, position)
     return middle, put_fields(work.fields, values, setting.bits, out, middle)
 
@@ -36,7 +35,8 @@ def read(data, position, end, numel, setting, work):  # type: ignore[no-untyped-
     middle = get_pairs(data, position, end, numel, work.tags_8)
     if middle < 0:
         return middle, middle, 0
-    flag_values(work, numel)
+    for i in range(numel):
+        work.flags[i] = np.uint8(work.tags[i] == VALUE)
     place = get_fields(data, middle, end, count_flags(work.flags, numel), setting.bits, work.fields)
     scatter(work.fields, work.flags, numel, work.codes)
     return middle, place, numel

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from accel.codecs.bits import count_flags, get_fields, get_flags, put_fields, put_flags
-from accel.codecs.codec import VALUE, ZERO, Codec, Content, Setting, Stream
-from accel.codecs.gather import compact
+from accel.codecs.codec import VALUE, Codec, Content, Setting, Stream
 from accel.kernels.jit import scalar
 
 
@@ -18,17 +15,9 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def flag_nonzeros(work, numel):  # type: ignore[no-untyped-def]
-    for i in range(numel):
-        work.flags[i] = np.uint8(work.tags[i] != ZERO)
-
-
-@scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    flag_nonzeros(work, numel)
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
     middle = put_flags(work.flags_8, work.flags, numel, out, position)
-    nonzeros = compact(work.codes, work.flags, numel, work.fields)
-    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+    return middle, put_fields(work.codes, nonzeros, setting.bits, out, middle)
 
 
 @scalar

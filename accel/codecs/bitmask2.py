@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bitmask import flag_nonzeros, read_nonzeros
+from accel.codecs.bitmask import read_nonzeros
 from accel.codecs.bits import count_flags, get_flags, put_fields, put_flags
 from accel.codecs.codec import Codec, Content, Setting, Stream
-from accel.codecs.gather import compact
 from accel.kernels.jit import scalar
 
 GROUP = 32
@@ -27,25 +26,21 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    flag_nonzeros(work, numel)
-    nonzeros = compact(work.codes, work.flags, numel, work.fields)
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
     groups, kept = -(-numel // GROUP), 0
-    for group in range(groups):  # `others` holds which groups are not empty; flags, the masks of those
+    for group in range(groups):  # the flags become the masks of the groups that are not empty
         low, high = group * GROUP, min((group + 1) * GROUP, numel)
         found = np.uint8(0)
         for i in range(low, high):
             found |= work.flags[i]
-        work.others[group] = found
+        work.signs[group] = found
         if found:
             for i in range(low, high):
                 work.flags[kept + i - low] = work.flags[i]
             kept += high - low
-    for group in range(groups):
-        work.tags[group] = np.uint8(work.others[group])
-    middle = put_flags(work.tags_8, work.tags, groups, out, position)
+    middle = put_flags(work.signs_8, work.signs, groups, out, position)
     middle = put_flags(work.flags_8, work.flags, kept, out, middle)
-    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+    return middle, put_fields(work.codes, nonzeros, setting.bits, out, middle)
 
 
 @scalar

@@ -90,6 +90,7 @@ class Cut:
         """What the blocks hold, given their counts."""
         return Content(self.sizes, nonzeros, alphas, np.maximum(self.sizes // self.row_length, 1))
 
+    @cached_property
     def streams_of_full_blocks(self) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
         """(fields, bits) that no block passes as the loops write it, for each stream: without or with only +-alpha."""
         codec = self.codec.base or self.codec

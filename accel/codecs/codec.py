@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 BLOCK = 4096  # elements that are encoded together, unless told otherwise
 MAX_BLOCK = 1 << 16
-MAX_ROW = 1 << 24  # elements of a row, where a block holds whole rows
+MAX_ROW = 1 << 20  # elements of a row, where a block holds whole rows
 
 # What an element is.
 ZERO, VALUE, POSITIVE_ALPHA, NEGATIVE_ALPHA = np.uint8(0), np.uint8(1), np.uint8(2), np.uint8(3)
@@ -86,8 +86,9 @@ class Codec:
     name: as users write it, with its parameters.
     streams: the streams of a block, metadata before payload, from its content; what the content does not tell is
         expected as of independent elements.
-    write(work, numel, setting, out, position): the block of work.tags and work.codes into bytes, from `position` on;
-        returns where the metadata and where the payload ends.
+    write(work, numel, nonzeros, setting, out, position): a block into bytes, from `position` on: work.flags tells which
+        elements are nonzero, work.tags and work.codes are those of the nonzeros, one after another. Returns where the
+        metadata and where the payload ends.
     read(data, position, end, numel, setting, work): the reverse; returns where the metadata and where the payload ends
         (less than zero: minus what is wrong), and how many elements are in work.tags and work.codes.
     is_masked: whether `read` gives the nonzeros only, and work.flags tells which elements they are.

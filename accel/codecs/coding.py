@@ -47,18 +47,18 @@ def crc32c(data: bytes | memoryview | npt.NDArray[np.uint8], before: int = 0) ->
 
 def pack_blocks(x: npt.NDArray[np.float32], cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32) -> Body:
     """The blocks of a flat tensor. alpha: NO_ALPHA tags nothing."""
-    most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks()), start=np.zeros(cut.count))
+    most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
     places = np.concatenate([np.zeros(1, np.int64), np.cumsum(most.astype(np.int64))])
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
     misfits = np.full(cut.count, -1)
     has_alpha = alpha > 0 and (cut.codec.tags_alpha or fmt.alpha_code is not None)
-    values, divisor, method, fields = _as_codes(x, fmt, scale)
+    divisor, method, fields = _as_codes(fmt, scale)
     run(
-        packer(cut.codec.write, method), cut.count, values, cut.bounds, _room(cut), divisor, scale,
+        packer(cut.codec.write, method), cut.count, x, cut.bounds, _room(cut), divisor, scale,
         alpha.view(np.uint32) if has_alpha else NO_PATTERN, cut.codec.tags_alpha,
-        np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code), *cut.setting, out, places, middles, ends, misfits,
-        *_value_fields(fmt), *fields,
+        np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code), _has_zero(fmt), *cut.setting,
+        out, places, middles, ends, misfits, *_value_fields(fmt), *fields,
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     if (misfits != -1).any():
@@ -140,10 +140,8 @@ def _check(faults: npt.NDArray[np.int64], first: int, offsets: npt.NDArray[np.in
         raise CodecError(f"block {first + block} ({size} bytes) {FAULTS[int(faults[block])]}")
 
 
-def _as_codes(
-    x: npt.NDArray[np.float32], fmt: Format, scale: np.float32
-) -> tuple[npt.NDArray[np.floating], np.floating, str, tuple[object, ...]]:
-    """(x, scale, method, fields): the code of each value of scale * grid(fmt) is the method's code of x / scale.
+def _as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[object, ...]]:
+    """(scale, method, fields): the code of each value of scale * grid(fmt) is the method's code of x / scale.
 
     In float32 where products are normal numbers and fewer bits than float32's tell them apart; else in float64.
     """
@@ -151,9 +149,12 @@ def _as_codes(
     is_plain = is_plain and max(fmt.max, -fmt.min) * float(scale) < 2.0**127 and not needs_wide(fmt)
     dtype = torch.float32 if is_plain else torch.float64
     method, fields = launch.method_of(fmt, "nearest_even", "ieee", 32, False, dtype)
-    if is_plain:
-        return x, scale, method, fields
-    return x.astype(np.float64), np.float64(scale), method, fields
+    return scale if is_plain else np.float64(scale), method, fields
+
+
+def _has_zero(fmt: Format) -> bool:
+    """Whether the code 0 is the number 0."""
+    return fmt.policy != "scale"
 
 
 def _value_fields(fmt: Format) -> Parameters:
@@ -162,7 +163,7 @@ def _value_fields(fmt: Format) -> Parameters:
 
 def _room(cut: Cut) -> int:
     """The most fields of a stream, and the most elements of a block."""
-    fields = [float(fields.max(initial=0)) for fields, _ in cut.streams_of_full_blocks()]
+    fields = [float(fields.max(initial=0)) for fields, _ in cut.streams_of_full_blocks]
     return int(max(cut.sizes.max(initial=0), *fields))
 
 

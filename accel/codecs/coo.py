@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from accel.codecs.bitmask import flag_nonzeros
 from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
 from accel.codecs.gather import compact
@@ -20,21 +19,19 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def list_nonzeros(work, numel):  # type: ignore[no-untyped-def]
-    """The indices of the nonzeros to `others`, their codes to `fields`; returns how many."""
-    flag_nonzeros(work, numel)
+def list_indices(work, numel):  # type: ignore[no-untyped-def]
+    """The indices of the nonzeros, to `others`."""
     for i in range(numel):
         work.more[i] = np.uint32(i)
     compact(work.more, work.flags, numel, work.others)
-    return compact(work.codes, work.flags, numel, work.fields)
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    nonzeros = list_nonzeros(work, numel)
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
+    list_indices(work, numel)
     middle = put_number(nonzeros, width_of(numel), out, position)
     middle = put_fields(work.others, nonzeros, setting.index_bits, out, middle)
-    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+    return middle, put_fields(work.codes, nonzeros, setting.bits, out, middle)
 
 
 @scalar

@@ -10,7 +10,7 @@ import numpy as np
 
 from accel.codecs.bits import count_flags, get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
-from accel.codecs.coo import list_nonzeros
+from accel.codecs.coo import list_indices
 from accel.kernels.jit import scalar
 
 
@@ -36,9 +36,9 @@ def _expected_pointers(content: Content) -> Stream:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    nonzeros, rows = list_nonzeros(work, numel), numel // setting.row_length
-    found = 0
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
+    list_indices(work, numel)
+    rows, found = numel // setting.row_length, 0
     for row in range(rows):
         work.more[row] = np.uint32(found)
         found += count_flags(work.flags[row * setting.row_length :], setting.row_length)
@@ -48,7 +48,7 @@ def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
     for k in range(nonzeros):
         work.others[k] = np.uint32(work.others[k] % np.uint32(setting.row_length))
     middle = put_fields(work.others, nonzeros, setting.index_bits, out, middle)
-    return middle, put_fields(work.fields, nonzeros, setting.bits, out, middle)
+    return middle, put_fields(work.codes, nonzeros, setting.bits, out, middle)
 
 
 @scalar

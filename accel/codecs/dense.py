@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from accel.codecs.bits import get_fields, put_fields
 from accel.codecs.codec import VALUE, ZERO, Codec, Content, Setting, Stream
+from accel.codecs.gather import scatter
 from accel.kernels.jit import scalar
 
 
@@ -12,8 +13,9 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
-    return position, put_fields(work.codes, numel, setting.bits, out, position)
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
+    scatter(work.codes, work.flags, numel, work.fields)
+    return position, put_fields(work.fields, numel, setting.bits, out, position)
 
 
 @scalar

@@ -10,8 +10,8 @@ import numpy as np
 
 from accel.codecs.bits import count_flags
 from accel.codecs.codec import ALPHA_UNKNOWN, FITS, NEGATIVE_ALPHA, POSITIVE_ALPHA, TOO_LONG, VALUE, Setting, Work
-from accel.codecs.gather import scatter
-from accel.kernels.cpu import GROUP, METHODS, VALUE_FIELDS, prefetch
+from accel.codecs.gather import compact, scatter
+from accel.kernels.cpu import AHEAD, GROUP, METHODS, VALUE_FIELDS, prefetch
 from accel.kernels.jit import Kernel, kernel, part, scalar
 from accel.rounding import Parameters, value_of
 from accel.words import bits_of
@@ -19,7 +19,7 @@ from accel.words import bits_of
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 SIGN_SHIFT = np.uint32(31)
 NO_CODE, NO_DRAW = np.uint32(0), np.uint32(0)
-PIECE, PIECES_AHEAD = 512, 2  # elements that are worked on at once; how far ahead memory is fetched
+NOT_A_NUMBER = np.float32(np.nan)
 
 
 @scalar
@@ -34,57 +34,70 @@ def work_for(room):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@scalar
-def is_same(value, x):  # type: ignore[no-untyped-def]
-    """Bit for bit, any NaN for a NaN."""
-    one, other = bits_of(value), bits_of(x)
-    both_nan = (np.uint32(one & MAGNITUDE) > INFINITY) & (np.uint32(other & MAGNITUDE) > INFINITY)
-    return (one == other) | both_nan
-
-
 @numba.njit
-def first_flag(flags, count):  # type: ignore[no-untyped-def]
-    """Where the first flag is set, -1 where none is."""
-    for i in range(count):
-        if flags[i]:
+def first_misfit(wrong, nonzeros, flags):  # type: ignore[no-untyped-def]
+    """The element that the first wrong one of the nonzeros is, -1 where none is wrong."""
+    left = -1
+    for k in range(nonzeros):
+        if wrong[k]:
+            left = k
+            break
+    for i in range(flags.size):
+        left -= np.int64(flags[i])
+        if left < 0 and flags[i]:
             return i
     return -1
 
 
-def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, work, v, p):  # type: ignore[no-untyped-def]
-    """Tags and codes of a block; returns its first element that has none, or -1.
+def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, has_zero, work, v, p):  # type: ignore[no-untyped-def]
+    """Which elements of a block are nonzero, to work.flags, and the tags and codes of those, one after another.
 
-    scale: in x's type, factor: the same in float32. alpha_bits: the pattern of alpha, of a NaN for no alpha.
-    In pieces that stay in the nearest cache, and in several loops, which vectorise where one does not.
+    Returns how many they are, and the first element that has no code, or -1.
+    scale divides: in float32, or in float64; factor is the same in float32. alpha_bits: the pattern of alpha, of a NaN
+    for no alpha. has_zero: whether the code 0 is the number 0, so that zeros need no encoding. In several loops, which
+    vectorise where one does not.
     """
-    for base in range(0, x.size, PIECE):
-        piece, codes, tags = x[base : base + PIECE], work.codes[base : base + PIECE], work.tags[base : base + PIECE]
-        values, wrong = work.values[: piece.size], work.signs[base : base + PIECE]
-        for ahead in range(0, PIECE, GROUP):
-            prefetch(piece, PIECES_AHEAD * PIECE + ahead)
+    for base in range(0, x.size, GROUP):
+        piece, flags = x[base : base + GROUP], work.flags[base : base + GROUP]
+        prefetch(piece, AHEAD)
         for i in range(piece.size):
-            quotient = piece[i] / scale
-            quotient = quotient if quotient == quotient else x.dtype.type(np.nan)  # a NaN has no sign
-            codes[i] = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
-        for i in range(piece.size):
-            values[i] = np.float32(np.float32(value_of(codes[i], v)) * factor)
-        for i in range(piece.size):
-            given = np.float32(piece[i])
-            is_alpha = np.uint32(bits_of(given) & MAGNITUDE) == alpha_bits
-            wrong[i] = np.uint8((not is_same(values[i], given)) & (not is_alpha))
-        for i in range(piece.size):
-            given = bits_of(np.float32(piece[i]))
-            is_alpha = np.uint32(given & MAGNITUDE) == alpha_bits
-            sign = np.uint32(given >> SIGN_SHIFT)
-            lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
-            code = lifted if is_alpha else codes[i]
-            codes[i] = code
-            tags[i] = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else np.uint8(code != NO_CODE)
-    return first_flag(work.signs, x.size) if count_flags(work.signs, x.size) > 0 else -1
+            flags[i] = np.uint8((bits_of(piece[i]) != NO_CODE) | (not has_zero))
+    codes, decoded, wrong = work.codes, work.more, work.signs
+    count = compact(x, work.flags, x.size, work.values)
+    values = work.values[:count]
+    for i in range(values.size):
+        quotient = values[i] / scale
+        quotient = quotient if quotient == quotient else scale * NOT_A_NUMBER  # a NaN has no sign
+        codes[i] = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
+    for i in range(values.size):
+        decoded[i] = bits_of(np.float32(np.float32(value_of(codes[i], v)) * factor))
+    for i in range(values.size):
+        given = bits_of(values[i])
+        magnitude = np.uint32(given & MAGNITUDE)
+        both_nan = (magnitude > INFINITY) & (np.uint32(decoded[i] & MAGNITUDE) > INFINITY)
+        wrong[i] = np.uint8((given != decoded[i]) & (not both_nan) & (magnitude != alpha_bits))
+    for i in range(values.size):
+        given = bits_of(values[i])
+        is_alpha = np.uint32(given & MAGNITUDE) == alpha_bits
+        sign = np.uint32(given >> SIGN_SHIFT)
+        lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
+        codes[i] = lifted if is_alpha else codes[i]
+        work.tags[i] = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else VALUE
+    misfit = first_misfit(wrong, count, work.flags[: x.size]) if count_flags(wrong, count) > 0 else -1
+    if not has_zero:  # all elements are there
+        for i in range(count):
+            work.flags[i] = np.uint8((codes[i] != NO_CODE) | (work.tags[i] != VALUE))
+            work.fields[i] = codes[i]
+            work.others[i] = work.tags[i]
+        count = compact(work.fields, work.flags, x.size, codes)
+        compact(work.others, work.flags, x.size, work.more)
+        for i in range(count):
+            work.tags[i] = np.uint8(work.more[i])
+    return count, misfit
 
 
 def _pack(  # type: ignore[no-untyped-def]
-    start, stop, x, bounds, room, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code,
+    start, stop, x, bounds, room, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, has_zero,
     bits, index_bits, row_length, first, second, out, places, middles, ends, misfits, *fields
 ):  # fmt: skip
     """Blocks one after another into out, from places[start] on; places, middles, ends: of each, in out.
@@ -98,12 +111,12 @@ def _pack(  # type: ignore[no-untyped-def]
     position = places[start]
     for block in range(start, stop):
         piece = x[bounds[block] : bounds[block + 1]]
-        misfits[block] = symbols(  # noqa: F821
-            piece, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, work, v, p
+        nonzeros, misfits[block] = symbols(  # noqa: F821
+            piece, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, has_zero, work, v, p
         )
         places[block] = position
         if misfits[block] < 0:
-            middle, end = write(work, piece.size, setting, out, position)  # noqa: F821
+            middle, end = write(work, piece.size, nonzeros, setting, out, position)  # noqa: F821
             if middle < 0:
                 misfits[block] = middle - 1
             else:

@@ -10,6 +10,7 @@ import numpy as np
 
 from accel.codecs.bits import get_fields, put_fields
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream
+from accel.codecs.gather import scatter
 from accel.kernels.jit import scalar
 
 
@@ -23,25 +24,26 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
     """Where a group has too many nonzeros: minus (1 + its first element), in place of the positions."""
     kept, group = setting.first, setting.second
+    scatter(work.codes, work.flags, numel, work.more)
     length, stored = min(setting.row_length, numel), 0
     for row in range(numel // length):
         for begin in range(0, length, group):
-            nonzeros = 0
+            found = 0
             for column in range(begin, min(begin + group, length)):
-                nonzeros += work.tags[row * length + column] != ZERO
-            zeros = kept - nonzeros  # stored beside them
+                found += work.flags[row * length + column]
+            zeros = kept - found  # stored beside them
             if zeros < 0:
                 return -1 - (row * length + begin), 0
             for j in range(group):
                 at = row * length + begin + j
-                is_nonzero = begin + j < length and work.tags[at] != ZERO
+                is_nonzero = begin + j < length and work.flags[at] != 0
                 if is_nonzero or zeros > 0:
                     zeros -= 0 if is_nonzero else 1
                     work.others[stored] = np.uint32(j)
-                    work.fields[stored] = work.codes[at] if is_nonzero else np.uint32(0)
+                    work.fields[stored] = work.more[at] if is_nonzero else np.uint32(0)
                     stored += 1
     middle = put_fields(work.others, stored, setting.index_bits, out, position)
     return middle, put_fields(work.fields, stored, setting.bits, out, middle)

@@ -10,7 +10,7 @@ import numpy as np
 
 from accel.codecs.bits import get_fields, get_number, put_fields, put_number, width_of
 from accel.codecs.codec import OUT_OF_RANGE, VALUE, ZERO, Codec, Content, Setting, Stream, bit_length
-from accel.codecs.coo import list_nonzeros
+from accel.codecs.coo import list_indices
 from accel.kernels.jit import scalar
 
 
@@ -29,25 +29,25 @@ def streams(content: Content, setting: Setting) -> tuple[Stream, ...]:
 
 
 @scalar
-def write(work, numel, setting, out, position):  # type: ignore[no-untyped-def]
+def write(work, numel, nonzeros, setting, out, position):  # type: ignore[no-untyped-def]
     longest = (1 << setting.first) - 1
-    nonzeros = list_nonzeros(work, numel)
+    list_indices(work, numel)
     entries, last = 0, np.int64(-1)
     for k in range(nonzeros):
         at = np.int64(work.others[k])
         zeros = at - last - 1
         while zeros > longest:
             work.more[entries] = np.uint32(longest)
-            work.codes[entries] = np.uint32(0)
+            work.fields[entries] = np.uint32(0)
             entries += 1
             zeros -= longest + 1
         work.more[entries] = np.uint32(zeros)
-        work.codes[entries] = work.fields[k]
+        work.fields[entries] = work.codes[k]
         entries += 1
         last = at
     middle = put_number(entries, width_of(numel), out, position)
     middle = put_fields(work.more, entries, setting.first, out, middle)
-    return middle, put_fields(work.codes, entries, setting.bits, out, middle)
+    return middle, put_fields(work.fields, entries, setting.bits, out, middle)
 
 
 @scalar
