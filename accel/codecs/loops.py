@@ -134,6 +134,7 @@ def _unpack(  # type: ignore[no-untyped-def]
     v = Parameters(*fields)
     setting = Setting(bits, index_bits, row_length, first, second)
     work = work_for(room)
+    rest = np.float32(np.float32(value_of(NO_CODE, v)) * factor)  # what the code 0 is: not 0 in every format
     for block in range(start, stop):
         low, end = offsets[block], offsets[block + 1]
         target = out[bounds[block] - bounds[0] : bounds[block + 1] - bounds[0]]
@@ -161,6 +162,9 @@ def _unpack(  # type: ignore[no-untyped-def]
                 values[i] = -alpha if is_negative else value
         if MASKED:  # noqa: F821
             scatter(values, work.flags, target.size, target)
+            if bits_of(rest) != NO_CODE:
+                for i in range(target.size):
+                    target[i] = target[i] if work.flags[i] else rest
 
 
 @cache
