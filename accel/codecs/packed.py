@@ -90,6 +90,19 @@ class Packed:
             "payload": 8 * header.payload_bytes,
         }
 
+    def fetched_bytes(self, burst_bytes: int) -> int:
+        """Bytes that memory moves when each block is fetched alone, in bursts of so many bytes.
+
+        A block takes every burst that it touches, the first block being aligned to one. Raises CodecError for a burst
+        below one byte.
+        """
+        if type(burst_bytes) is not int or burst_bytes < 1:
+            raise CodecError(f"burst_bytes must be a positive integer (got {burst_bytes!r})")
+        bounds = _block_bounds(self)
+        begins, ends = bounds[:-1], bounds[1:]
+        bursts = -(-ends // burst_bytes) - begins // burst_bytes
+        return int(bursts[ends > begins].sum()) * burst_bytes
+
     def to_bytes(self) -> bytes:
         return self.stream
 

@@ -422,6 +422,17 @@ def test_a_slice_outside_the_tensor_is_refused(bounds: tuple[int, int]) -> None:
         unpack_slice(pack(np.zeros(6, np.float32)), *bounds)
 
 
+def test_bursts_of_blocks_by_hand() -> None:
+    p = pack(np.ones(100, np.float32), "dense", block=40)  # blocks at bytes 0-39, 40-79, 80-99
+    assert p.fetched_bytes(1) == 100
+    assert p.fetched_bytes(32) == 32 * (2 + 2 + 2)  # bursts 0-1, 1-2, 2-3
+    assert p.fetched_bytes(64) == 64 * (1 + 2 + 1)
+    assert pack(np.zeros(0, np.float32)).fetched_bytes(64) == 0
+    for burst in (0, -1, 2.0):
+        with pytest.raises(CodecError, match="burst_bytes must be a positive integer"):
+            p.fetched_bytes(burst)  # type: ignore[arg-type]
+
+
 def test_a_slice_reads_its_blocks_only() -> None:
     x = draw_values(format("e4m3fn"), 1000, 0.5, seed=4)
     p = pack(x, "bitmask", block=100)
