@@ -160,6 +160,26 @@ def conformance(
 
 
 @app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .npy, a .safetensors or a packed stream.")],
+    fmt: Annotated[str, typer.Option("--format", help="Of the codes; a packed stream has its own.")] = "e4m3fn",
+    alpha: Annotated[
+        float | None, typer.Option(help="The +-alpha of pruned values; else a frequent one of the smallest magnitudes.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a file's tensors take under every codec, the entropies, and the best codec."""
+    from fpsim.inspect import pages, show, to_data
+
+    found = pages(file, fmt, alpha)
+    if as_json:
+        print(json.dumps([to_data(page) for page in found], indent=1))
+        return
+    for page in found:
+        show(page)
+
+
+@app.command()
 def bench(
     full: Annotated[bool, typer.Option("--full", help="Every row, other libraries and first calls: an hour.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the figures, as JSON.")] = Path("bench"),

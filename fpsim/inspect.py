@@ -1,0 +1,237 @@
+"""`fpsim inspect`: what a file of values or a packed stream holds, and what it takes under every codec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lz4.frame
+import numpy as np
+import torch
+import zstandard
+from safetensors import SafetensorError, safe_open
+
+import accel
+from fpsim.console import plain_console, print_table
+from fpsim.errors import ConfigError, FpsimError, Problem
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ALPHA_SHARE = 0.05  # of the nonzeros that have one of the smallest magnitudes, from which on it is taken for alpha
+NEAR_SMALLEST = 1.5  # times the smallest magnitude
+MAGIC = {b"FPSM": "packed", b"\x93NUM": "npy"}
+ZSTD_LEVEL = 3
+BAR = 40  # characters
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bits of the whole tensor under one codec, by part; None and a reason where the codec cannot hold it."""
+
+    codec: str
+    bits_by_part: dict[str, float] | None
+    reason: str = ""
+
+    @property
+    def nbits(self) -> float:
+        return math.inf if self.bits_by_part is None else sum(self.bits_by_part.values())
+
+
+@dataclass(frozen=True)
+class Page:
+    """One tensor of a file. relative_error: of the rounding that put it into the format, 0 where it lay on its grid.
+
+    octaves: how many values have 2^e <= |x| < 2^(e + 1), for each e that occurs. compressed_bits: of the dense codes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    scale: float
+    alpha: float | None
+    relative_error: float
+    zeros: int
+    alphas: int
+    octaves: dict[int, int]
+    sizes: tuple[Size, ...]
+    tag_entropy_bits: float
+    order0_entropy_bits: float | None
+    compressed_bits: dict[str, int]
+
+    @property
+    def best(self) -> Size:
+        return min(self.sizes, key=lambda size: size.nbits)
+
+
+def pages(path: Path, fmt: str, alpha: float | None) -> Iterator[Page]:
+    """A page for each tensor of floating-point numbers in a .npy, .safetensors or packed file.
+
+    fmt: the format in which codes are taken; a packed stream has its own. alpha: None looks for it: the most frequent
+    of the smallest magnitudes, where many nonzeros have it. Raises ConfigError for a file or option that is wrong.
+    """
+    kind = _kind(path)
+    if kind == "packed":
+        try:
+            packed = accel.Packed.from_bytes(path.read_bytes())
+            values = accel.unpack(packed)
+        except accel.CodecError as error:
+            raise _wrong(path, str(error)) from None
+        header = packed.header
+        found = float(header.alpha) or None
+        yield _page(path.name, values, header.fmt, float(header.scale), found if alpha is None else alpha)
+        return
+    try:
+        target = accel.format(fmt)
+    except ValueError as error:
+        raise ConfigError([Problem("--format", str(error))]) from None
+    if isinstance(target, accel.BlockFormat):
+        raise ConfigError([Problem("--format", f"must be a scalar format (got the block format {fmt!r})")])
+    for name, values in _arrays(path, kind):
+        yield _page(name, values, target, None, alpha)
+
+
+def show(page: Page) -> None:
+    """Print a page."""
+    console = plain_console()
+    numel = math.prod(page.shape)
+    console.print(f"{page.name}: {'x'.join(map(str, page.shape)) or 'a number'}, {page.format}", style="bold")
+    per_element = max(numel, 1)
+    facts = [f"{numel} elements", f"{100 * page.zeros / per_element:.2f} % zeros"]
+    if page.alpha is not None:
+        facts.append(f"{100 * page.alphas / per_element:.2f} % +-alpha (alpha {page.alpha:g})")
+    facts.append(f"scale {page.scale:g}")
+    if page.relative_error:
+        facts.append(f"rounded here, relative error {page.relative_error:.2e}")
+    console.print(", ".join(facts) + "\n")
+    _show_octaves(page, numel)
+    rows = []
+    for size in sorted(page.sizes, key=lambda size: size.nbits):
+        parts = size.bits_by_part
+        if parts is None:
+            rows.append([size.codec, "-", "-", "-", "-", "-", "cannot hold it"])
+            continue
+        shares = [f"{parts[part] / per_element:.4f}" for part in ("header", "offsets", "metadata", "payload")]
+        rows.append([size.codec, f"{size.nbits / per_element:.4f}", *shares, "best" if size is page.best else ""])
+    print_table(["codec", "bits an element", "header", "offsets", "metadata", "payload", ""], rows)
+    for size in page.sizes:
+        if size.reason:
+            console.print(size.reason)
+    console.print()
+    limits: dict[str, float | None] = {
+        "entropy of the tags, values raw": page.tag_entropy_bits,
+        "order-0 entropy": page.order0_entropy_bits,
+        **{f"{name} of the dense codes": bits for name, bits in page.compressed_bits.items()},
+    }
+    cells = [[name, "-" if bits is None else f"{bits / per_element:.4f}"] for name, bits in limits.items()]
+    print_table(["to hold it against", "bits an element"], cells)
+    console.print()
+
+
+def to_data(page: Page) -> dict[str, Any]:
+    """The page as plain data (JSON)."""
+    return {**asdict(page), "best": page.best.codec}
+
+
+def _show_octaves(page: Page, numel: int) -> None:
+    if not page.octaves:
+        return
+    most = max(page.octaves.values())
+    rows = []
+    for exponent in range(min(page.octaves), max(page.octaves) + 1):
+        count = page.octaves.get(exponent, 0)
+        rows.append([f"2^{exponent}", f"{100 * count / numel:.2f} %", "#" * math.ceil(BAR * count / most)])
+    print_table(["magnitude from", "elements", ""], rows)
+    plain_console().print()
+
+
+def _kind(path: Path) -> str:
+    if not path.is_file():
+        raise _wrong(path, "no such file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    kind = MAGIC.get(start, "safetensors" if path.suffix == ".safetensors" else "")
+    if not kind:
+        raise _wrong(path, "must be a .npy, a .safetensors or a packed stream")
+    return kind
+
+
+def _arrays(path: Path, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if kind == "npy":
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise _wrong(path, str(error)) from None
+        if values.dtype not in (np.float32, np.float16):
+            raise _wrong(path, f"values must be float32 or float16 (got {values.dtype})")
+        yield path.name, torch.from_numpy(np.ascontiguousarray(values)).float().reshape(values.shape)
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if file.get_slice(name).get_dtype() in ("F32", "F16", "BF16")]  # noqa: SIM118
+            if not names:
+                raise _wrong(path, "holds no tensor of float32, bfloat16 or float16")
+            for name in names:
+                yield name, file.get_tensor(name).float()
+    except SafetensorError as error:
+        raise _wrong(path, str(error)) from None
+
+
+def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, alpha: float | None) -> Page:
+    alpha = _likely_alpha(x) if alpha is None else float(np.float32(alpha))
+    is_alpha = x.abs() == alpha if alpha else torch.zeros_like(x, dtype=torch.bool)
+    scale = _scale_for(x, fmt) if scale is None else scale
+    plain = accel.quantize(x, fmt, scale=scale)
+    tagged = torch.where(is_alpha, x, plain)
+    norm = float(x.double().norm())
+    error = float((tagged.double() - x.double()).norm()) / norm if 0 < norm < math.inf else 0.0
+    sizes = []
+    for codec in accel.CODECS.values():
+        try:
+            if codec.tags_alpha:
+                packed = accel.pack(tagged, codec.name, fmt, scale=scale, alpha=alpha)
+            else:
+                packed = accel.pack(plain, codec.name, fmt, scale=scale)
+            sizes.append(Size(codec.name, packed.bits_by_part))
+        except accel.CodecError as reason:
+            sizes.append(Size(codec.name, None, str(reason)))
+    if all(size.bits_by_part is None for size in sizes):
+        raise FpsimError(f"{name}: no codec can hold it: {sizes[0].reason}")
+    limits = accel.footprint(tagged, codec="alpha", fmt=fmt, alpha=alpha, scale=scale)
+    codes = accel.encode(plain, fmt, scale=scale).numpy().tobytes()
+    exponents = np.frexp(np.abs(x[x.isfinite() & (x != 0)].numpy()))[1] - 1
+    found, counts = np.unique(exponents, return_counts=True)
+    return Page(
+        name, tuple(x.shape), fmt.name, scale, alpha, error,
+        int((tagged.view(torch.int32) == 0).sum()), int(is_alpha.sum()),
+        dict(zip(found.tolist(), counts.tolist(), strict=True)), tuple(sizes),
+        limits.tag_entropy_bits, limits.order0_entropy_bits,
+        {
+            f"zstd {ZSTD_LEVEL}": 8 * len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(codes)),
+            "lz4": 8 * len(lz4.frame.compress(codes)),
+        },
+    )  # fmt: skip
+
+
+def _scale_for(x: torch.Tensor, fmt: accel.Format) -> float:
+    """1 where x lies on the format's grid or within its range, else the least power of two that brings it there."""
+    finite = x[x.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    if largest <= fmt.max and bool((accel.quantize(x, fmt) == x).all()):
+        return 1.0
+    return 2.0 ** max(math.ceil(math.log2(largest / fmt.max)), -100) if largest else 1.0
+
+
+def _likely_alpha(x: torch.Tensor) -> float | None:
+    """The most frequent of the smallest magnitudes, among which survivors that were rounded down may be."""
+    magnitudes = x[x != 0].abs().numpy()
+    if magnitudes.size == 0 or not np.isfinite(magnitudes.min()):
+        return None
+    values, counts = np.unique(magnitudes[magnitudes <= NEAR_SMALLEST * magnitudes.min()], return_counts=True)
+    most = int(counts.argmax())
+    return float(values[most]) if counts[most] >= ALPHA_SHARE * magnitudes.size else None
+
+
+def _wrong(path: Path, message: str) -> ConfigError:
+    return ConfigError([Problem("", message, str(path))])
