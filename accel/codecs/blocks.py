@@ -100,3 +100,8 @@ class Cut:
             (np.maximum(a.fields, b.fields) * sizes, np.maximum(a.bits, b.bits) * sizes)
             for a, b in zip(*cases, strict=True)
         ]
+
+
+def starts_of(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where pieces of such lengths start, one after another, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])

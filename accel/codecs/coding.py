@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from accel import launch
-from accel.codecs.blocks import Cut
+from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, CodecError
 from accel.codecs.loops import packer, unpacker
 from accel.formats import Format
@@ -48,7 +48,7 @@ def crc32c(data: bytes | memoryview | npt.NDArray[np.uint8], before: int = 0) ->
 def pack_blocks(x: npt.NDArray[np.float32], cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32) -> Body:
     """The blocks of a flat tensor. alpha: NO_ALPHA tags nothing."""
     most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
-    places = np.concatenate([np.zeros(1, np.int64), np.cumsum(most.astype(np.int64))])
+    places = starts_of(most.astype(np.int64))
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
     misfits = np.full(cut.count, -1)
@@ -130,7 +130,7 @@ def _restored(
     lengths = np.array([piece.size for piece in pieces], np.int64)
     found = np.array(metadata, np.int64)
     whole = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
-    return whole, np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), found, np.maximum(-found, 0)
+    return whole, starts_of(lengths), found, np.maximum(-found, 0)
 
 
 def _check(faults: npt.NDArray[np.int64], first: int, offsets: npt.NDArray[np.int64]) -> None:

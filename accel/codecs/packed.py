@@ -21,7 +21,7 @@ from accel.codecs.arguments import (
     checked_format,
     checked_positive,
 )
-from accel.codecs.blocks import Cut
+from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import BLOCK, Codec, CodecError
 from accel.codecs.coding import NO_ALPHA, crc32c, pack_blocks, unpack_blocks
 from accel.codecs.registry import find_codec
@@ -149,14 +149,14 @@ def pack(
     body = pack_blocks(values.reshape(-1), cut, value, factor, tagged)
     if body.misfit is not None:
         raise CodecError(_misfit(values, body.misfit, cut, value, factor))
-    lengths = np.concatenate([np.zeros(1, np.int64), np.cumsum(body.lengths)])
-    if lengths[-1] > MAX_BODY_BYTES:
+    bounds = starts_of(body.lengths)
+    if bounds[-1] > MAX_BODY_BYTES:
         raise CodecError(
             f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
         )
     metadata = int(body.metadata.sum())
-    header = Header(encoding, value, values.shape, block, factor, tagged, metadata, int(lengths[-1]) - metadata)
-    parts: list[Any] = [_write_header(header), lengths[:-1].astype("<u4").tobytes(), *body.pieces]
+    header = Header(encoding, value, values.shape, block, factor, tagged, metadata, int(bounds[-1]) - metadata)
+    parts: list[Any] = [_write_header(header), bounds[:-1].astype("<u4").tobytes(), *body.pieces]
     checksum = 0
     for part in parts:
         checksum = crc32c(part, checksum)
@@ -228,15 +228,14 @@ def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
 
 
 def _misfit(values: npt.NDArray[np.float32], flat: int, cut: Cut, fmt: Format, scale: np.float32) -> str:
-    codec = cut.codec
-    if flat < 0:
-        flat = -1 - flat
-        position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
+    codec, is_group = cut.codec, flat < 0
+    flat = -1 - flat if is_group else flat
+    position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
+    if is_group:
         return (
             f"the group of {codec.second} elements at element {flat} (index {position}) has more than {codec.first} "
             f"nonzeros: codec {codec.name!r} cannot hold it"
         )
-    position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
     grid = f"a value of {fmt.name}" if scale == 1 else f"{scale!s} times a value of {fmt.name}"
     alphas = " or +-alpha" if codec.tags_alpha else ""
     return (
