@@ -8,9 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from accel import launch
 from accel.block_formats import BlockFormat
 from accel.codecs.codec import MAX_BLOCK, CodecError
 from accel.formats import Format
+from accel.kernels import cpu
 from accel.presets import format
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,15 +22,27 @@ MAX_DIMENSIONS = 64
 def as_float32(x: Any) -> npt.NDArray[np.float32]:
     """x as a contiguous float32 array, copied only if it must be. CodecError unless it is float32 or 16 bits wide."""
     if isinstance(x, torch.Tensor):
-        if x.dtype not in FLOAT_TYPES or x.layout != torch.strided:
-            raise CodecError(f"a tensor must be dense float32, bfloat16 or float16 (got {x.dtype}, {x.layout})")
-        if x.ndim > MAX_DIMENSIONS:
-            raise CodecError(f"a tensor may have {MAX_DIMENSIONS} dimensions (got {x.ndim})")
+        _check_tensor(x)
         x = x.detach().to("cpu", torch.float32).numpy()
     elif not isinstance(x, np.ndarray) or x.dtype not in (np.float32, np.float16):
         kind = x.dtype if isinstance(x, np.ndarray) else type(x).__name__
         raise CodecError(f"x must be a torch tensor or a NumPy array of float32 or float16 (got {kind})")
     return np.ascontiguousarray(x, np.float32).reshape(x.shape)  # ascontiguousarray makes 0-d arrays 1-d
+
+
+def _check_tensor(x: torch.Tensor) -> None:
+    if x.dtype not in FLOAT_TYPES or x.layout != torch.strided:
+        raise CodecError(f"a tensor must be dense float32, bfloat16 or float16 (got {x.dtype}, {x.layout})")
+    if x.ndim > MAX_DIMENSIONS:
+        raise CodecError(f"a tensor may have {MAX_DIMENSIONS} dimensions (got {x.ndim})")
+
+
+def on_its_device(x: Any) -> npt.NDArray[np.float32] | torch.Tensor:
+    """The same; a tensor on a GPU stays a tensor there."""
+    if not isinstance(x, torch.Tensor) or launch.backend(x) is cpu:
+        return as_float32(x)
+    _check_tensor(x)
+    return x.detach().to(torch.float32).contiguous()
 
 
 def checked_block(block: int) -> int:

@@ -50,6 +50,21 @@ class Setting(NamedTuple):
     second: int
 
 
+class Alpha(NamedTuple):
+    """+-alpha as the loops take it.
+
+    value: 0 for none. pattern: of +alpha where a tag or a code can tell it, else one that no magnitude has.
+    code, sign: the code that a format reserves for +alpha, and its sign bit; 0 where it has none.
+    """
+
+    value: np.float32
+    pattern: np.uint32
+    is_tagged: bool
+    has_codes: bool
+    code: np.uint32
+    sign: np.uint32
+
+
 class Stream(NamedTuple):
     """`fields` fields of `bits` bits, one after another, padded to a whole byte.
 

@@ -1,7 +1,8 @@
-"""Blocks of values to bytes and back, on all threads."""
+"""Blocks of values to bytes and back: on all threads, or on the GPU where the values and loops for the codec are."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import google_crc32c
@@ -11,9 +12,10 @@ import torch
 
 from accel import launch
 from accel.codecs.blocks import Cut, starts_of
-from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, CodecError
+from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, Alpha, CodecError
 from accel.codecs.loops import packer, unpacker
 from accel.formats import Format
+from accel.kernels import cpu
 from accel.kernels.cpu import run
 from accel.rounding import Parameters, needs_wide, parameters
 
@@ -45,19 +47,26 @@ def crc32c(data: bytes | memoryview | npt.NDArray[np.uint8], before: int = 0) ->
     return int(google_crc32c.extend(before, bytes(data) if isinstance(data, memoryview) else data))
 
 
-def pack_blocks(x: npt.NDArray[np.float32], cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32) -> Body:
-    """The blocks of a flat tensor. alpha: NO_ALPHA tags nothing."""
+def pack_blocks(
+    x: npt.NDArray[np.float32] | torch.Tensor, cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32
+) -> Body:
+    """The blocks of a flat array, or of a flat tensor on a GPU. alpha: NO_ALPHA tags nothing."""
+    divisor, method, fields = _as_codes(fmt, scale)
+    marks = _alpha_of(alpha, cut, fmt)
+    if isinstance(x, torch.Tensor):
+        if (loops := _gpu_loops(x, cut, fmt)) is not None:
+            found = loops.pack_blocks(x, cut, divisor, scale, marks, method, _value_fields(fmt), fields)
+            body, lengths, metadata, misfit = (tensor.cpu().numpy() for tensor in found)
+            return Body([body], lengths, metadata, int(misfit[0]) if misfit[0] < x.numel() else None)
+        x = x.cpu().numpy()
     most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
     places = starts_of(most.astype(np.int64))
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
     misfits = np.full(cut.count, -1)
-    has_alpha = alpha > 0 and (cut.codec.tags_alpha or fmt.alpha_code is not None)
-    divisor, method, fields = _as_codes(fmt, scale)
     run(
         packer(cut.codec.write, method), cut.count, x, cut.bounds, _room(cut), divisor, scale,
-        alpha.view(np.uint32) if has_alpha else NO_PATTERN, cut.codec.tags_alpha,
-        np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code), _has_zero(fmt), *cut.setting,
+        marks.pattern, marks.is_tagged, marks.code, marks.sign, _has_zero(fmt), *cut.setting,
         out, places, middles, ends, misfits, *_value_fields(fmt), *fields,
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
@@ -93,12 +102,37 @@ def unpack_blocks(
     fmt: Format,
     scale: np.float32,
     alpha: np.float32,
-    values: npt.NDArray[np.float32],
+    values: torch.Tensor,
 ) -> int:
     """Fills in the flat values of blocks from number `first` on; returns how many bytes of them are metadata.
 
     offsets: where each block starts in data, and where the last one ends. CodecError where a block is wrong.
     """
+    marks = _alpha_of(alpha, cut, fmt)
+    if launch.backend(values) is not cpu:
+        if (loops := _gpu_loops(values, cut, fmt)) is not None:
+            there = [torch.tensor(array, device=values.device) for array in (data, offsets)]
+            found = loops.unpack_blocks(*there, cut, scale, marks, _value_fields(fmt), values)
+            middles, faults = (tensor.cpu().numpy() for tensor in found)
+            _check(faults, first, offsets)
+            return int(middles.sum())
+        here = torch.empty(values.shape)
+        metadata = _unpack_here(data, offsets, cut, first, fmt, scale, marks, here)
+        values.copy_(here)
+        return metadata
+    return _unpack_here(data, offsets, cut, first, fmt, scale, marks, values)
+
+
+def _unpack_here(
+    data: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int64],
+    cut: Cut,
+    first: int,
+    fmt: Format,
+    scale: np.float32,
+    alpha: Alpha,
+    values: torch.Tensor,
+) -> int:
     count = offsets.size - 1
     bounds = cut.bounds[first : first + count + 1]
     middles, faults = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -107,10 +141,9 @@ def unpack_blocks(
         _check(faults, first, offsets)
     of_base = np.zeros(count, np.int64)
     run(
-        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha,
-        bool(alpha > 0), bool(alpha > 0 and fmt.alpha_code is not None), np.uint32(fmt.alpha_code or 0),
-        np.uint32(fmt.sign_code),
-        *cut.setting, values, of_base, faults, *_value_fields(fmt),
+        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha.value,
+        bool(alpha.value > 0), alpha.has_codes, alpha.code, alpha.sign,
+        *cut.setting, values.numpy(), of_base, faults, *_value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     _check(faults, first, offsets)
@@ -138,6 +171,23 @@ def _check(faults: npt.NDArray[np.int64], first: int, offsets: npt.NDArray[np.in
         block = int(np.argmax(faults != 0))
         size = int(offsets[block + 1] - offsets[block])
         raise CodecError(f"block {first + block} ({size} bytes) {FAULTS[int(faults[block])]}")
+
+
+def _alpha_of(alpha: np.float32, cut: Cut, fmt: Format) -> Alpha:
+    has_codes = bool(alpha > 0 and fmt.alpha_code is not None)
+    has_pattern = has_codes or (alpha > 0 and cut.codec.tags_alpha)
+    pattern = alpha.view(np.uint32) if has_pattern else NO_PATTERN
+    code, sign = np.uint32(fmt.alpha_code or 0), np.uint32(fmt.sign_code)
+    return Alpha(alpha, pattern, cut.codec.tags_alpha, has_codes, code, sign)
+
+
+def _gpu_loops(x: torch.Tensor, cut: Cut, fmt: Format) -> ModuleType | None:
+    """The loops for blocks of a tensor on a GPU, None where only the CPU has some."""
+    if launch.backend(x) is cpu:
+        return None
+    from accel.codecs import cuda
+
+    return cuda if cuda.serves(cut, _has_zero(fmt)) else None
 
 
 def _as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[object, ...]]:

@@ -9,17 +9,13 @@ import numba
 import numpy as np
 
 from accel.codecs.bits import count_flags
-from accel.codecs.codec import ALPHA_UNKNOWN, FITS, NEGATIVE_ALPHA, POSITIVE_ALPHA, TOO_LONG, VALUE, Setting, Work
+from accel.codecs.codec import ALPHA_UNKNOWN, FITS, TOO_LONG, VALUE, Setting, Work
 from accel.codecs.gather import compact, scatter
+from accel.codecs.symbols import NO_CODE, code_with_alpha, coded, decoded, is_misfit, tag_of, value_with_alpha
 from accel.kernels.cpu import AHEAD, GROUP, METHODS, VALUE_FIELDS, prefetch
 from accel.kernels.jit import Kernel, kernel, part, scalar
-from accel.rounding import Parameters, value_of
+from accel.rounding import Parameters
 from accel.words import bits_of
-
-MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-SIGN_SHIFT = np.uint32(31)
-NO_CODE, NO_DRAW = np.uint32(0), np.uint32(0)
-NOT_A_NUMBER = np.float32(np.nan)
 
 
 @scalar
@@ -62,27 +58,19 @@ def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, ha
         prefetch(piece, AHEAD)
         for i in range(piece.size):
             flags[i] = np.uint8((bits_of(piece[i]) != NO_CODE) | (not has_zero))
-    codes, decoded, wrong = work.codes, work.more, work.signs
+    codes, found, wrong = work.codes, work.more, work.signs
     count = compact(x, work.flags, x.size, work.values)
     values = work.values[:count]
     for i in range(values.size):
-        quotient = values[i] / scale
-        quotient = quotient if quotient == quotient else scale * NOT_A_NUMBER  # a NaN has no sign
-        codes[i] = np.uint32(transform(quotient, NO_DRAW, p))  # noqa: F821
+        codes[i] = code_of(values[i], scale, p)  # noqa: F821
     for i in range(values.size):
-        decoded[i] = bits_of(np.float32(np.float32(value_of(codes[i], v)) * factor))
+        found[i] = bits_of(decoded(codes[i], factor, v))
     for i in range(values.size):
-        given = bits_of(values[i])
-        magnitude = np.uint32(given & MAGNITUDE)
-        both_nan = (magnitude > INFINITY) & (np.uint32(decoded[i] & MAGNITUDE) > INFINITY)
-        wrong[i] = np.uint8((given != decoded[i]) & (not both_nan) & (magnitude != alpha_bits))
+        wrong[i] = np.uint8(is_misfit(bits_of(values[i]), found[i], alpha_bits))
     for i in range(values.size):
         given = bits_of(values[i])
-        is_alpha = np.uint32(given & MAGNITUDE) == alpha_bits
-        sign = np.uint32(given >> SIGN_SHIFT)
-        lifted = NO_CODE if tags_alpha else np.uint32(alpha_code | (sign_code if sign else NO_CODE))
-        codes[i] = lifted if is_alpha else codes[i]
-        work.tags[i] = np.uint8(POSITIVE_ALPHA + sign) if is_alpha & tags_alpha else VALUE
+        codes[i] = code_with_alpha(codes[i], given, alpha_bits, tags_alpha, alpha_code, sign_code)
+        work.tags[i] = tag_of(given, alpha_bits, tags_alpha)
     misfit = first_misfit(wrong, count, work.flags[: x.size]) if count_flags(wrong, count) > 0 else -1
     if not has_zero:  # all elements are there
         for i in range(count):
@@ -134,7 +122,7 @@ def _unpack(  # type: ignore[no-untyped-def]
     v = Parameters(*fields)
     setting = Setting(bits, index_bits, row_length, first, second)
     work = work_for(room)
-    rest = np.float32(np.float32(value_of(NO_CODE, v)) * factor)  # what the code 0 is: not 0 in every format
+    rest = decoded(NO_CODE, factor, v)  # what the code 0 is: not 0 in every format
     for block in range(start, stop):
         low, end = offsets[block], offsets[block + 1]
         target = out[bounds[block] - bounds[0] : bounds[block + 1] - bounds[0]]
@@ -146,7 +134,7 @@ def _unpack(  # type: ignore[no-untyped-def]
         middles[block] = middle - low
         values = work.values if MASKED else target  # noqa: F821
         for i in range(count):
-            values[i] = np.float32(np.float32(value_of(work.codes[i], v)) * factor)
+            values[i] = decoded(work.codes[i], factor, v)
         top_tag = VALUE
         for i in range(count):
             tag = work.tags[i]
@@ -155,11 +143,9 @@ def _unpack(  # type: ignore[no-untyped-def]
             faults[block] = ALPHA_UNKNOWN
         if top_tag > VALUE or has_alpha_codes:
             for i in range(count):
-                tag, code = work.tags[i], work.codes[i]
-                is_negative = (tag == NEGATIVE_ALPHA) | (has_alpha_codes & (code == np.uint32(alpha_code | sign_code)))
-                is_positive = (tag == POSITIVE_ALPHA) | (has_alpha_codes & (code == alpha_code))
-                value = alpha if is_positive else values[i]
-                values[i] = -alpha if is_negative else value
+                values[i] = value_with_alpha(
+                    values[i], work.tags[i], work.codes[i], alpha, has_alpha_codes, alpha_code, sign_code
+                )
         if MASKED:  # noqa: F821
             scatter(values, work.flags, target.size, target)
             if bits_of(rest) != NO_CODE:
@@ -171,7 +157,8 @@ def _unpack(  # type: ignore[no-untyped-def]
 def packer(write: Any, method: str) -> Kernel:
     """The loop that packs by a codec's `write`, for values that a method of rounding turns into codes."""
     _, code, record, _ = METHODS[method]
-    symbols = part(_symbols, f"symbols_{method}", transform=code)
+    code_of = part(coded, f"coded_{method}", transform=code)
+    symbols = part(_symbols, f"symbols_{method}", code_of=code_of)
     return kernel(_pack, f"pack_{_codec_of(write)}_{method}", write=write, symbols=symbols, PARAMETERS=record)
 
 

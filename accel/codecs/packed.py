@@ -15,11 +15,11 @@ import torch
 
 from accel.codecs.arguments import (
     MAX_DIMENSIONS,
-    as_float32,
     checked_alpha,
     checked_block,
     checked_format,
     checked_positive,
+    on_its_device,
 )
 from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import BLOCK, Codec, CodecError
@@ -143,9 +143,9 @@ def pack(
     Raises CodecError for a value that does not fit, with its index, and for an argument out of range.
     """
     encoding, value = find_codec(codec), checked_format(fmt)
-    values, block = as_float32(x), checked_block(block)
+    values, block = on_its_device(x), checked_block(block)
     factor, tagged = checked_positive("scale", 1.0 if scale is None else scale), checked_alpha(alpha) or NO_ALPHA
-    cut = Cut(encoding, values.shape, block, value.bits)
+    cut = Cut(encoding, tuple(values.shape), block, value.bits)
     body = pack_blocks(values.reshape(-1), cut, value, factor, tagged)
     if body.misfit is not None:
         raise CodecError(_misfit(values, body.misfit, cut, value, factor))
@@ -155,7 +155,7 @@ def pack(
             f"the encoded tensor passes the {MAX_BODY_BYTES} bytes that block offsets reach: pack it in parts"
         )
     metadata = int(body.metadata.sum())
-    header = Header(encoding, value, values.shape, block, factor, tagged, metadata, int(bounds[-1]) - metadata)
+    header = Header(encoding, value, cut.shape, block, factor, tagged, metadata, int(bounds[-1]) - metadata)
     parts: list[Any] = [_write_header(header), bounds[:-1].astype("<u4").tobytes(), *body.pieces]
     checksum = 0
     for part in parts:
@@ -164,13 +164,13 @@ def pack(
 
 
 def unpack(packed: Packed, out: torch.Tensor | None = None) -> torch.Tensor:
-    """The tensor that was packed: CPU, float32, in its shape, or `out`, which is all that, contiguous and filled in.
+    """The tensor that was packed: CPU, float32, in its shape; or `out`, contiguous and on any device, filled in.
 
     Raises CodecError for a stream whose parts contradict, and for another out.
     """
     header = _header_of(packed)
     result = _result(header, out)
-    metadata = _unpack(packed, 0, header.cut.count, result.reshape(-1).numpy())
+    metadata = _unpack(packed, 0, header.cut.count, result.view(-1))
     if metadata != header.metadata_bytes:
         raise CodecError(
             f"the blocks hold {metadata} bytes of metadata and {header.body_bytes - metadata} of payload; the header "
@@ -191,9 +191,9 @@ def unpack_slice(packed: Packed, start: int, stop: int) -> torch.Tensor:
         return torch.empty(0)
     bounds = header.cut.bounds
     first, last = (int(np.searchsorted(bounds, index, "right")) - 1 for index in (start, stop - 1))
-    values = np.empty(bounds[last + 1] - bounds[first], np.float32)
+    values = torch.empty(int(bounds[last + 1] - bounds[first]))
     _unpack(packed, first, last + 1, values)
-    return torch.from_numpy(values[start - bounds[first] : stop - bounds[first]].copy())
+    return values[start - int(bounds[first]) : stop - int(bounds[first])].clone()
 
 
 def _header_of(packed: Packed) -> Header:
@@ -208,13 +208,13 @@ def _result(header: Header, out: torch.Tensor | None) -> torch.Tensor:
             return torch.empty(header.shape)
         except RuntimeError:
             raise CodecError(f"no memory for a tensor of the shape {header.shape}") from None
-    fits = isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.device.type == "cpu"
+    fits = isinstance(out, torch.Tensor) and out.dtype == torch.float32
     if not fits or tuple(out.shape) != header.shape or not out.is_contiguous():
-        raise CodecError(f"out must be a contiguous float32 CPU tensor of the shape {header.shape}")
+        raise CodecError(f"out must be a contiguous float32 tensor of the shape {header.shape}")
     return out
 
 
-def _unpack(packed: Packed, first: int, last: int, values: npt.NDArray[np.float32]) -> int:
+def _unpack(packed: Packed, first: int, last: int, values: torch.Tensor) -> int:
     """Fills in the values of blocks first .. last, flat; returns how many bytes of those blocks are metadata."""
     header = packed.header
     body = np.frombuffer(packed.stream, np.uint8)[len(packed.stream) - header.body_bytes :]
@@ -227,10 +227,10 @@ def header_bytes(codec: Codec, fmt: Format, dimensions: int) -> int:
     return PREFIX.size + FIELDS.size + sum(len(_text(text)) for text in _names(codec, fmt)) + 8 * dimensions
 
 
-def _misfit(values: npt.NDArray[np.float32], flat: int, cut: Cut, fmt: Format, scale: np.float32) -> str:
+def _misfit(values: npt.NDArray[np.float32] | torch.Tensor, flat: int, cut: Cut, fmt: Format, scale: np.float32) -> str:
     codec, is_group = cut.codec, flat < 0
     flat = -1 - flat if is_group else flat
-    position = tuple(int(i) for i in np.unravel_index(flat, values.shape))
+    position = tuple(int(i) for i in np.unravel_index(flat, cut.shape))
     if is_group:
         return (
             f"the group of {codec.second} elements at element {flat} (index {position}) has more than {codec.first} "
@@ -238,8 +238,9 @@ def _misfit(values: npt.NDArray[np.float32], flat: int, cut: Cut, fmt: Format, s
         )
     grid = f"a value of {fmt.name}" if scale == 1 else f"{scale!s} times a value of {fmt.name}"
     alphas = " or +-alpha" if codec.tags_alpha else ""
+    found = np.float32(float(values.reshape(-1)[flat]))
     return (
-        f"element {flat} (index {position}) is {values.reshape(-1)[flat]!s}: codec {codec.name!r} needs {grid}{alphas}"
+        f"element {flat} (index {position}) is {found!s}: codec {codec.name!r} needs {grid}{alphas}"
         "; quantize the tensor first"
     )
 

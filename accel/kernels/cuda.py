@@ -18,7 +18,6 @@ from numba import cuda
 from accel import block_scaling
 from accel.block_formats import BlockFormat
 from accel.block_scaling import BlockParameters, amax_scale, block_scale, power_of_two_scale
-from accel.kernels import cuda_jit
 from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.cpu import (
     CHUNK,
@@ -33,7 +32,7 @@ from accel.kernels.cpu import (
     tally,
     unchanged,
 )
-from accel.kernels.cuda_jit import SIMULATED, device
+from accel.kernels.cuda_jit import SIMULATED, THREADS, device, launch
 from accel.kernels.jit import renamed, scalar
 from accel.random import philox_rounds, round_keys
 from accel.rounding import Parameters, prune_stochastic, value_of
@@ -42,7 +41,6 @@ from accel.words import LOW_WORD, WORD_BITS, bits_of
 MAX_BLOCKS = 1 << 11  # of loops that are not cut into chunks
 SEGMENT = 16  # elements of a block of a block format among which one thread looks for the largest
 SMALLEST_BLOCK = 8  # of a block format, for `_round_blocks`
-THREADS = 32 if SIMULATED else 256  # of a block
 
 ZERO, ONE = np.uint32(0), np.uint32(1)
 TWO, LAST_FOUR, NOT_LAST_FOUR = np.uint32(2), np.uint32(15), np.uint32(0xFFFFFFF0)
@@ -693,23 +691,11 @@ def _loops() -> dict[str, Any]:
 LOOPS = _loops()
 
 
-def compiled(name: str) -> Any:
-    """The kernel of a name, in the simulator."""
-    return cuda.jit(LOOPS[name])
-
-
 # --- launchers: the same names as in kernels/cpu.py ------------------------------------------------------------------
 
 
 def _launch(name: str, blocks: int, *arguments: Any) -> None:
-    """Start a kernel of so many blocks on torch's current stream."""
-    if blocks == 0:
-        return
-    if SIMULATED:
-        arrays = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
-        compiled(name)[blocks, THREADS](*arrays)
-    else:
-        cuda_jit.launch(LOOPS[name], name, blocks, THREADS, arguments)
+    launch(LOOPS[name], name, blocks, arguments)
 
 
 @lru_cache(maxsize=256)

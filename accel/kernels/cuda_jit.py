@@ -24,6 +24,7 @@ from numba import cuda
 from accel.kernels.jit import CACHE_FOLDER, CACHED, config
 
 SIMULATED: bool = config.ENABLE_CUDASIM
+THREADS = 32 if SIMULATED else 256  # of a block
 
 device: Any = (lambda function: function) if SIMULATED else cuda.jit(device=True)
 
@@ -53,22 +54,33 @@ def assembled(ptx: str, capability: tuple[int, int]) -> bytes:
     return bytes(Program(ptx, "ptx", options).compile("cubin").code)
 
 
-def launch(loop: Any, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+def launch(loop: Any, name: str, blocks: int, arguments: tuple[Any, ...]) -> None:
     """Start `loop` on torch's current stream of the device that the tensors among the arguments are on.
 
     Tensors are flat, or of two contiguous dimensions; other arguments are NumPy scalars, int and tuples of them.
     """
+    if blocks == 0:
+        return
+    if SIMULATED:
+        arrays = [a.numpy() if isinstance(a, torch.Tensor) else a for a in arguments]
+        simulated(loop, name)[blocks, THREADS](*arrays)
+        return
     from cuda.core import LaunchConfig
     from cuda.core import launch as start
 
     place = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     if place.index != torch.cuda.current_device():
         with torch.cuda.device(place):
-            launch(loop, name, blocks, threads, arguments)
+            launch(loop, name, blocks, arguments)
         return
     kernel = _kernel(name, tuple(map(_kind, arguments)), _capability(place.index), loop, arguments)
     stream = _stream(place.index, torch.cuda.current_stream().cuda_stream)
-    start(stream, LaunchConfig(grid=blocks, block=threads), kernel, *flat(arguments))
+    start(stream, LaunchConfig(grid=blocks, block=THREADS), kernel, *flat(arguments))
+
+
+def simulated(loop: Any, name: str) -> Any:
+    """The kernel of that name in numba's simulator."""
+    return cuda.jit(loop)
 
 
 _capability = cache(torch.cuda.get_device_capability)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 import accel
@@ -75,6 +77,15 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "16-bit codes", lambda x: _decoded(accel.encode(x, "bf16"), "bf16")
     yield "32-bit codes", lambda x: _decoded(accel.encode(x, "tf32", rounding="up"), "tf32")
     yield "alpha codes", _alpha_codes
+    for codec in ("bitmask", "alpha_tag", "alpha"):
+        yield f"pack {codec}", _packed(codec)
+        for fmt in ("e2m1", "int8", "bf16", "e4m3fn codes"):
+            yield f"pack {codec} {fmt}", _packed(codec, fmt)
+    yield "pack in blocks of 24", _packed("alpha", block=24)
+    yield "pack with a tiny scale", _packed("alpha", scale=2.0**-140)
+    yield "pack what no value has a code for", _refused
+    yield "unpack what is wrong", _damaged
+    yield "pack rle", _packed("rle")  # whose loops run on the CPU
     yield "largest magnitude", lambda x: (accel.largest_magnitude(x), accel.largest_magnitude(x.nan_to_num()))
     yield "empty", lambda x: accel.quantize(x[:0], "e4m3fn")
     yield "0-d", lambda x: accel.quantize(x[7], "e4m3fn", rounding="stochastic", **WORDS)
@@ -139,6 +150,52 @@ def _alpha_codes(x: torch.Tensor) -> Any:
     pruned = accel.prune(x.nan_to_num(), alpha)
     codes = accel.encode(pruned, E4M3_ALPHA, alpha=alpha)
     return codes, accel.decode(codes, E4M3_ALPHA, alpha=alpha), accel.quantize(pruned, E4M3_ALPHA, alpha=alpha)
+
+
+def _packed(codec: str, name: str = "e4m3fn", block: int = 4096, scale: float = 1.0) -> Case:
+    """The stream of a pruned tensor, and the tensor again."""
+    fmt = E4M3_ALPHA if name == "e4m3fn codes" else accel.format(name)
+    alpha = 3.0 * scale
+
+    def call(x: torch.Tensor) -> Any:
+        rounded, _ = accel.prune_quantize(x.nan_to_num() * scale, alpha, fmt, scale=scale)
+        if name == "bf16":
+            rounded[1], rounded[5] = -0.0, torch.nan
+        alphas = {"alpha": alpha} if "alpha" in codec or name == "e4m3fn codes" else {}
+        packed = accel.pack(rounded.view(8, -1), codec, fmt, scale=scale, block=block, **alphas)
+        again = accel.unpack(packed, out=torch.full_like(rounded, 7.0).view(8, -1))
+        assert same_bits(again.view(-1).cpu(), rounded.cpu())
+        return torch.tensor(list(packed.to_bytes()), dtype=torch.uint8), again
+
+    return call
+
+
+def _refused(x: torch.Tensor) -> torch.Tensor:
+    """The message for the first of two values that no code stands for, as bytes."""
+    wrong = torch.zeros_like(x)
+    wrong[-3], wrong[-50] = 1.03, 1.02
+    with pytest.raises(accel.CodecError) as error:
+        accel.pack(wrong, "alpha", "e4m3fn", alpha=3.0)
+    return torch.tensor(list(str(error.value).encode()), dtype=torch.uint8)
+
+
+def _damaged(x: torch.Tensor) -> torch.Tensor:
+    """Messages for blocks that are too short, too long, or hold an alpha that the header does not know, as bytes."""
+    found = b""
+    for codec in ("bitmask", "alpha_tag", "alpha"):
+        values = accel.prune(x.nan_to_num(), 3.0).sign() * 3
+        good = accel.pack(values, codec, "e4m3fn", alpha=3.0)
+        body = good.header.body_bytes
+        start = len(good.stream) - body
+        header = dataclasses.replace(good.header, alpha=np.float32(0))
+        short, long = good.stream[:start] + bytes(body), good.stream[:start] + b"\xff" * body
+        streams = (header, good.stream), (good.header, short), (good.header, long)
+        for packed in (accel.Packed(*parts) for parts in streams):
+            try:
+                found += str(accel.unpack(packed, out=torch.empty_like(x)).nan_to_num().sum()).encode()
+            except accel.CodecError as error:
+                found += str(error).encode()
+    return torch.tensor(list(found), dtype=torch.uint8)
 
 
 def flattened(result: Any) -> list[torch.Tensor]:
