@@ -1,7 +1,9 @@
-"""Elementwise operations on a CUDA device over a device-to-device copy of the same float32 tensor.
+"""Elementwise operations and codecs on a CUDA device over a device-to-device copy of the same float32 tensor.
 
 Times are of CUDA events around CALLS calls, operation and copy alternating; "host us" is what a call of a small tensor
-costs the host, which does not wait. Without a CUDA device: one line on stderr, exit code 2.
+costs the host, which does not wait. Codecs: of the tensor that benchmarks/packing.py packs; their loops alone, streams
+staying on the device (packing waits once, for the length), and `accel.pack` and `accel.unpack` as a whole, streams on
+the host, beside copying the float32 tensor there and back. Without a CUDA device: one line on stderr, exit code 2.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import accel  # before torch: see accel/kernels/openmp.py
 
 # isort: split
 import torch
+from accel.codecs import cuda as codecs_cuda
+from accel.codecs.blocks import starts_of
+from packing import sample
 from timing import machine, print_lines, print_table, results_path, write_json
 
 CALLS = 10  # in one timing, so that the device never waits for the host
@@ -69,31 +74,15 @@ def milliseconds(call: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / CALLS
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=1 << 26, help="of the float32 tensor (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=50, help="timed repeats (%(default)s)")
-    parser.add_argument("--json", type=Path, help="where the figures go (results/elementwise-<device>.json)")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a CUDA device; torch sees none", file=sys.stderr)
-        return 2
-    device = torch.cuda.get_device_name()
-    described = machine() | {"device": device, "elements": arguments.elements}
-    print_lines(described)
+def measure_elementwise(elements: int, repeats: int) -> list[dict[str, object]]:
+    """Prints the table and returns its figures."""
     small = torch.randn(64, 64, device="cuda")
-    x = torch.randn(arguments.elements // 1024, 1024, device="cuda")
+    x = torch.randn(elements // 1024, 1024, device="cuda")
     out = torch.empty_like(x)
     host = operations(small, torch.empty_like(small))
     rows, figures = [], []
     for name, call in operations(x, out).items():
-        for _ in range(3):
-            call()
-        times: dict[str, list[float]] = {"operation": [], "copy": []}
-        for _ in range(arguments.repeats):
-            times["operation"].append(milliseconds(call))
-            times["copy"].append(milliseconds(lambda: out.copy_(x)))
-        operation, copy = statistics.median(times["operation"]), statistics.median(times["copy"])
+        operation, copy = beside_copy(call, x, out, repeats)
         share = copy / operation
         met = "yes" if share >= LEAST_SHARE_OF_COPY else "no"
         calling = host_microseconds(host[name])
@@ -106,7 +95,87 @@ def main() -> int:
         })  # fmt: skip
     title = f"Share of the copy's bandwidth (target: at least {LEAST_SHARE_OF_COPY})"
     print_table(title, ["operation", "ms", "copy ms", "share", "met", "host us"], rows)
-    write_json(arguments.json or results_path("elementwise", device), {"machine": described, "rows": figures})
+    return figures
+
+
+def beside_copy(call: Callable[[], object], x: torch.Tensor, out: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of the call and of the copy, alternating."""
+    for _ in range(3):
+        call()
+    times: dict[str, list[float]] = {"operation": [], "copy": []}
+    for _ in range(repeats):
+        times["operation"].append(milliseconds(call))
+        times["copy"].append(milliseconds(lambda: out.copy_(x)))
+    return statistics.median(times["operation"]), statistics.median(times["copy"])
+
+
+def measure_codecs(elements: int, repeats: int) -> list[dict[str, object]]:
+    """Prints the table and returns its figures."""
+    here, alpha = sample(elements)
+    x = here.cuda()
+    out = torch.empty_like(x)
+    there_and_back = min(seconds(lambda: x.cpu()) + seconds(lambda: here.cuda()) for _ in range(3))
+    rows, figures = [], []
+    for codec in codecs_cuda.LAYOUTS:
+        fmt = accel.format("e4m3fn" if "alpha" in codec else {"base": "e4m3fn", "alpha_codes": True})
+        packed = accel.pack(x, codec, fmt, alpha=alpha)
+        assert packed.to_bytes() == accel.pack(here, codec, fmt, alpha=alpha).to_bytes()
+        header = packed.header
+        marks = header.fmt, header.scale, header.alpha
+        body, lengths, _, _ = codecs_cuda.pack_blocks(x, header.cut, *marks)
+        offsets = torch.from_numpy(starts_of(lengths.cpu().numpy())).cuda()
+        packing, copy = beside_copy(partial(codecs_cuda.pack_blocks, x, header.cut, *marks), x, out, repeats)
+        unpack = partial(codecs_cuda.unpack_blocks, body, offsets, header.cut, *marks, out)
+        unpacking, _ = beside_copy(unpack, x, out, repeats)
+        unpack()
+        assert torch.equal(out, x)
+        whole = min(seconds(lambda: accel.pack(x, codec, fmt, alpha=alpha)) for _ in range(3))
+        back = min(seconds(lambda: accel.unpack(packed, out=out)) for _ in range(3))
+        bits = packed.nbits / elements
+        cells = [packing, unpacking, copy]
+        rows.append([codec, f"{bits:.3f}", *(f"{1e3 * time:.0f} us" for time in cells)])
+        rows[-1] += [f"{packing / copy:.2f}", f"{unpacking / copy:.2f}"]
+        rows[-1] += [f"{1e3 * time:.0f}" for time in (whole, back, there_and_back)]
+        figures.append({
+            "codec": codec,
+            "bits_per_element": bits,
+            "pack_milliseconds": packing,
+            "unpack_milliseconds": unpacking,
+            "copy_median_milliseconds": copy,
+            "pack_to_host_milliseconds": 1e3 * whole,
+            "unpack_from_host_milliseconds": 1e3 * back,
+            "copy_to_host_and_back_milliseconds": 1e3 * there_and_back,
+        })  # fmt: skip
+    title = f"Codecs ({100 * float((x == 0).float().mean()):.1f} % zeros)"
+    columns = ["codec", "bits an element", "pack", "unpack", "copy", "pack / copy", "unpack / copy"]
+    print_table(title, [*columns, "accel.pack ms", "accel.unpack ms", "copy to the host and back ms"], rows)
+    return figures
+
+
+def seconds(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=1 << 26, help="of the float32 tensor (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=50, help="timed repeats (%(default)s)")
+    parser.add_argument("--codecs", action="store_true", help="only the codecs")
+    parser.add_argument("--json", type=Path, help="where the figures go (results/gpu-<device>.json)")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py needs a CUDA device; torch sees none", file=sys.stderr)
+        return 2
+    device = torch.cuda.get_device_name()
+    described = machine() | {"device": device, "elements": arguments.elements}
+    print_lines(described)
+    rows = {} if arguments.codecs else {"rows": measure_elementwise(arguments.elements, arguments.repeats)}
+    codecs = measure_codecs(arguments.elements, arguments.repeats)
+    write_json(arguments.json or results_path("gpu", device), {"machine": described, **rows, "codecs": codecs})
     return 0
 
 

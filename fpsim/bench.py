@@ -12,7 +12,7 @@ from fpsim.files import packaged_folder
 # script: (arguments of a quick pass, of a full one)
 SCRIPTS = {
     "elementwise": (["--quick"], ["--cold"]),
-    "codecs": (["--quick"], []),
+    "packing": (["--quick"], []),
     "training_step": (["--quick"], []),
     "gpu": ([], []),
 }

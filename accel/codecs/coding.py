@@ -51,11 +51,9 @@ def pack_blocks(
     x: npt.NDArray[np.float32] | torch.Tensor, cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32
 ) -> Body:
     """The blocks of a flat array, or of a flat tensor on a GPU. alpha: NO_ALPHA tags nothing."""
-    divisor, method, fields = _as_codes(fmt, scale)
-    marks = _alpha_of(alpha, cut, fmt)
     if isinstance(x, torch.Tensor):
         if (loops := _gpu_loops(x, cut, fmt)) is not None:
-            found = loops.pack_blocks(x, cut, divisor, scale, marks, method, _value_fields(fmt), fields)
+            found = loops.pack_blocks(x, cut, fmt, scale, alpha)
             body, lengths, metadata, misfit = (tensor.cpu().numpy() for tensor in found)
             return Body([body], lengths, metadata, int(misfit[0]) if misfit[0] < x.numel() else None)
         x = x.cpu().numpy()
@@ -64,10 +62,12 @@ def pack_blocks(
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
     misfits = np.full(cut.count, -1)
+    divisor, method, fields = as_codes(fmt, scale)
+    marks = alpha_of(alpha, cut, fmt)
     run(
         packer(cut.codec.write, method), cut.count, x, cut.bounds, _room(cut), divisor, scale,
-        marks.pattern, marks.is_tagged, marks.code, marks.sign, _has_zero(fmt), *cut.setting,
-        out, places, middles, ends, misfits, *_value_fields(fmt), *fields,
+        marks.pattern, marks.is_tagged, marks.code, marks.sign, has_zero(fmt), *cut.setting,
+        out, places, middles, ends, misfits, *value_fields(fmt), *fields,
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     if (misfits != -1).any():
@@ -108,19 +108,18 @@ def unpack_blocks(
 
     offsets: where each block starts in data, and where the last one ends. CodecError where a block is wrong.
     """
-    marks = _alpha_of(alpha, cut, fmt)
     if launch.backend(values) is not cpu:
         if (loops := _gpu_loops(values, cut, fmt)) is not None:
             there = [torch.tensor(array, device=values.device) for array in (data, offsets)]
-            found = loops.unpack_blocks(*there, cut, scale, marks, _value_fields(fmt), values)
+            found = loops.unpack_blocks(*there, cut, fmt, scale, alpha, values)
             middles, faults = (tensor.cpu().numpy() for tensor in found)
             _check(faults, first, offsets)
             return int(middles.sum())
         here = torch.empty(values.shape)
-        metadata = _unpack_here(data, offsets, cut, first, fmt, scale, marks, here)
+        metadata = _unpack_here(data, offsets, cut, first, fmt, scale, alpha, here)
         values.copy_(here)
         return metadata
-    return _unpack_here(data, offsets, cut, first, fmt, scale, marks, values)
+    return _unpack_here(data, offsets, cut, first, fmt, scale, alpha, values)
 
 
 def _unpack_here(
@@ -130,9 +129,10 @@ def _unpack_here(
     first: int,
     fmt: Format,
     scale: np.float32,
-    alpha: Alpha,
+    alpha: np.float32,
     values: torch.Tensor,
 ) -> int:
+    marks = alpha_of(alpha, cut, fmt)
     count = offsets.size - 1
     bounds = cut.bounds[first : first + count + 1]
     middles, faults = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -141,9 +141,9 @@ def _unpack_here(
         _check(faults, first, offsets)
     of_base = np.zeros(count, np.int64)
     run(
-        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha.value,
-        bool(alpha.value > 0), alpha.has_codes, alpha.code, alpha.sign,
-        *cut.setting, values.numpy(), of_base, faults, *_value_fields(fmt),
+        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha,
+        bool(alpha > 0), marks.has_codes, marks.code, marks.sign,
+        *cut.setting, values.numpy(), of_base, faults, *value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     _check(faults, first, offsets)
@@ -173,7 +173,8 @@ def _check(faults: npt.NDArray[np.int64], first: int, offsets: npt.NDArray[np.in
         raise CodecError(f"block {first + block} ({size} bytes) {FAULTS[int(faults[block])]}")
 
 
-def _alpha_of(alpha: np.float32, cut: Cut, fmt: Format) -> Alpha:
+def alpha_of(alpha: np.float32, cut: Cut, fmt: Format) -> Alpha:
+    """+-alpha as the loops take it; NO_ALPHA for none."""
     has_codes = bool(alpha > 0 and fmt.alpha_code is not None)
     has_pattern = has_codes or (alpha > 0 and cut.codec.tags_alpha)
     pattern = alpha.view(np.uint32) if has_pattern else NO_PATTERN
@@ -187,10 +188,10 @@ def _gpu_loops(x: torch.Tensor, cut: Cut, fmt: Format) -> ModuleType | None:
         return None
     from accel.codecs import cuda
 
-    return cuda if cuda.serves(cut, _has_zero(fmt)) else None
+    return cuda if cuda.serves(cut, fmt) else None
 
 
-def _as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[object, ...]]:
+def as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[object, ...]]:
     """(scale, method, fields): the code of each value of scale * grid(fmt) is the method's code of x / scale.
 
     In float32 where products are normal numbers and fewer bits than float32's tell them apart; else in float64.
@@ -202,12 +203,13 @@ def _as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[o
     return scale if is_plain else np.float64(scale), method, fields
 
 
-def _has_zero(fmt: Format) -> bool:
+def has_zero(fmt: Format) -> bool:
     """Whether the code 0 is the number 0."""
     return fmt.policy != "scale"
 
 
-def _value_fields(fmt: Format) -> Parameters:
+def value_fields(fmt: Format) -> Parameters:
+    """The parameters by which the loops decode."""
     return parameters(fmt, wide=needs_wide(fmt))
 
 

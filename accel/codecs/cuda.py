@@ -25,11 +25,11 @@ from accel.codecs.codec import (
     TOO_SHORT,
     VALUE,
     ZERO,
-    Alpha,
     Content,
 )
+from accel.codecs.coding import alpha_of, as_codes, has_zero, value_fields
 from accel.codecs.symbols import code_with_alpha, coded, decoded, is_misfit, tag_of, value_with_alpha
-from accel.kernels.arguments import Fields
+from accel.formats import Format
 from accel.kernels.cpu import METHODS
 from accel.kernels.cuda import PADDED_CHUNK, padded
 from accel.kernels.cuda_jit import THREADS, device, launch
@@ -52,9 +52,9 @@ BYTE_BITS, WORD_SHIFT, LAST_OF_WORD, WORD = np.uint32(8), np.uint32(5), np.uint3
 ALTERNATE = np.uint32(0x55555555)
 
 
-def serves(cut: Cut, has_zero: bool) -> bool:
-    """Whether these loops pack and unpack such blocks; has_zero: whether the code 0 is the number 0."""
-    return cut.codec.name in LAYOUTS and cut.block <= BLOCK and has_zero
+def serves(cut: Cut, fmt: Format) -> bool:
+    """Whether these loops pack and unpack such blocks: of three codecs, not too large, of a format with a zero."""
+    return cut.codec.name in LAYOUTS and cut.block <= BLOCK and has_zero(fmt)
 
 
 # --- in shared memory -----------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ LOOPS = _loops()
 
 
 def pack_blocks(
-    x: torch.Tensor, cut: Cut, divisor: np.floating, factor: np.float32, alpha: Alpha, method: str, v: Fields, p: Fields
+    x: torch.Tensor, cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(body, length and metadata bytes of each block, the first element that has no code) of a flat tensor.
 
@@ -351,8 +351,9 @@ def pack_blocks(
     """
     counts = torch.zeros(2, cut.count, dtype=torch.int64, device=x.device)
     misfit = torch.full((1,), x.numel(), dtype=torch.int64, device=x.device)
-    suffix, alpha_fields = CODES[method], tuple(alpha)
-    arguments = x, cut.block, divisor, factor, alpha_fields, tuple(v), tuple(p), counts, misfit
+    divisor, method, fields = as_codes(fmt, scale)
+    suffix, marks = CODES[method], tuple(alpha_of(alpha, cut, fmt))
+    arguments = x, cut.block, divisor, scale, marks, tuple(value_fields(fmt)), tuple(fields), counts, misfit
     _launch(f"count_{suffix}", cut.count, *arguments)
     streams = cut.codec.streams(Content(_sizes(cut, x.device), counts[0], counts[1], rows=1), cut.setting)
     lengths = [(stream.fields * stream.bits + 7) // 8 for stream in streams]
@@ -361,9 +362,8 @@ def pack_blocks(
     is_fit, total = torch.stack([misfit[0] == x.numel(), offsets[-1]]).tolist()
     body = torch.empty(total if is_fit else 0, dtype=torch.uint8, device=x.device)
     if is_fit:
-        bits = np.uint32(cut.bits)
-        layout = LAYOUTS[cut.codec.name]
-        _launch(f"pack_{suffix}", cut.count, x, cut.block, layout, bits, divisor, alpha_fields, tuple(p), offsets, body)
+        layout = LAYOUTS[cut.codec.name], np.uint32(cut.bits)
+        _launch(f"pack_{suffix}", cut.count, x, cut.block, *layout, divisor, marks, tuple(fields), offsets, body)
     return body, length, length - lengths[-1], misfit
 
 
@@ -375,15 +375,21 @@ def _sizes(cut: Cut, place: torch.device) -> torch.Tensor:
 
 
 def unpack_blocks(
-    data: torch.Tensor, offsets: torch.Tensor, cut: Cut, factor: np.float32, alpha: Alpha, v: Fields, out: torch.Tensor
+    data: torch.Tensor,
+    offsets: torch.Tensor,
+    cut: Cut,
+    fmt: Format,
+    scale: np.float32,
+    alpha: np.float32,
+    out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fills in the flat values of blocks; returns (bytes of metadata, what is wrong) of each, on out's device.
 
     offsets: where each block starts in data, and where the last one ends; they rise and stay within data.
     """
     middles, faults = torch.zeros(2, offsets.numel() - 1, dtype=torch.int64, device=out.device)
-    layout, bits = LAYOUTS[cut.codec.name], np.uint32(cut.bits)
-    arguments = data, cut.block, layout, bits, factor, tuple(alpha), tuple(v), offsets, out, middles, faults
+    layout, marks = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
+    arguments = data, cut.block, *layout, scale, marks, tuple(value_fields(fmt)), offsets, out, middles, faults
     _launch("unpack", middles.numel(), *arguments)
     return middles, faults
 

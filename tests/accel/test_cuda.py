@@ -17,6 +17,7 @@ import torch
 import accel
 from accel import block_scaling, launch
 from accel.block_formats import BlockFormat
+from accel.codecs.codec import Alpha
 from accel.formats import Format
 from accel.rounding import parameters
 from accel.rounding_fast import fast_parameters, integer_parameters
@@ -52,10 +53,10 @@ def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
     reals = np.zeros(8, np.float64 if wide else np.float32)
     bytes_ = np.zeros(8, np.uint8)
     values = tuple(parameters(scalar("e5m2"), wide=wide))
-    method = re.search(r"fast_\w+$", name)
+    method = re.search(r"(fast|integer)(_\w+)?$", name)
     fields: tuple[Any, ...] = values
     if method:
-        is_integer = method[0] == "fast_integer"
+        is_integer = method[0].endswith("integer")
         fields = tuple(integer_parameters(scalar("int8")) if is_integer else fast_parameters(scalar("e5m2")))
     alpha, code = np.float32(1), np.uint32(1)
     table = reals.dtype.type(1), reals, (1, code, code)
@@ -69,6 +70,15 @@ def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
     }
     if name in plain:
         return plain[name]
+    one, offsets = reals.dtype.type(1), np.zeros(8, np.int64)
+    marks = tuple(Alpha(alpha, code, True, False, code, code))
+    if name == "unpack":
+        return (bytes_, 1, np.int32(0), code, alpha, marks, values, offsets, reals, offsets, offsets)
+    singles = reals.astype(np.float32)
+    if name.startswith("count"):
+        return (singles, 1, one, alpha, marks, values, fields, np.zeros((2, 2), np.int64), offsets)
+    if name.startswith("pack"):
+        return (singles, 1, np.int32(0), code, one, marks, fields, offsets, bytes_)
     out = bytes_ if name.startswith("encode") else reals
     scales = tuple(block_scaling.block_parameters(blocks())), tuple(block_scaling.scale_parameters(blocks()))
     if "blocks_" in name:
@@ -109,6 +119,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
     """Without float64, fused products, products that may still be fused, inexact divisions, or local memory."""
     import numba.cuda.dispatcher
 
+    from accel.codecs import cuda as codecs_cuda
     from accel.kernels import cuda
     from accel.kernels.cuda_jit import assembled, flat, ptx_of
 
@@ -117,7 +128,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
 
     monkeypatch.setattr(numba.cuda.dispatcher, "get_current_device", Device)
     divisions = 0
-    for name, loop in cuda.LOOPS.items():
+    for name, loop in (cuda.LOOPS | codecs_cuda.LOOPS).items():
         ptx = ptx_of(loop, name, arguments(name), architecture)
         passed = tuple(torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in arguments(name))
         assert len(re.findall(r"^\s*\.param \.", ptx, re.MULTILINE)) == len(flat(passed)), name
@@ -128,7 +139,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
         assert fusible(ptx) == [], name
         assert set(re.findall(r"\bdiv\.\w+(?:\.\w+)*\.f32", ptx)) <= {"div.rn.f32"}, name
         divisions += ptx.count("div.rn.f32")
-        if re.search(r"^(quantize_scaled|encode_scaled|both)_(nearest|stochastic)$", name):
+        if re.search(r"^((quantize_scaled|encode_scaled|both)_(nearest|stochastic)|(count|pack)_nearest)$", name):
             wide = ptx_of(loop, name, arguments(name, wide=True), architecture)
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name

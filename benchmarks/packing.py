@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="only the rows with targets")
     parser.add_argument("--elements", type=int, default=1 << 24, help=f"a multiple of {COLUMNS} (%(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats (%(default)s)")
-    parser.add_argument("--json", type=Path, help="where the figures go (results/codecs-<processor>.json)")
+    parser.add_argument("--json", type=Path, help="where the figures go (results/packing-<processor>.json)")
     arguments = parser.parse_args()
     described = machine() | {"elements": arguments.elements, "repeats": arguments.repeats}
     print_lines(described)
@@ -100,8 +100,8 @@ def main() -> int:
     title = f"Multiples of copying the tensor ({100 * float((x == 0).float().mean()):.1f} % zeros): medians; fastest"
     print_table(title, ["codec", "bits an element", "pack", "target", "met", "unpack", "target", "met"], rows)
     write_json(
-        arguments.json or results_path("codecs", described["processor"]),
-        {"benchmark": "codecs", "machine": described, "rows": figures},
+        arguments.json or results_path("packing", described["processor"]),
+        {"benchmark": "packing", "machine": described, "rows": figures},
     )
     return 0
 
