@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import accel  # before torch: see accel/kernels/openmp.py
 
 # isort: split
 import torch
-from accel.codecs import cuda as codecs_cuda
-from accel.codecs.blocks import starts_of
 from packing import sample
 from timing import machine, print_lines, print_table, results_path, write_json
 
@@ -111,53 +110,68 @@ def beside_copy(call: Callable[[], object], x: torch.Tensor, out: torch.Tensor, 
 
 def measure_codecs(elements: int, repeats: int) -> list[dict[str, object]]:
     """Prints the table and returns its figures."""
+    from accel.codecs.cuda import LAYOUTS
+
     here, alpha = sample(elements)
     x = here.cuda()
-    out = torch.empty_like(x)
-    there_and_back = min(seconds(lambda: x.cpu()) + seconds(lambda: here.cuda()) for _ in range(3))
-    rows, figures = [], []
-    for codec in codecs_cuda.LAYOUTS:
-        fmt = accel.format("e4m3fn" if "alpha" in codec else {"base": "e4m3fn", "alpha_codes": True})
-        packed = accel.pack(x, codec, fmt, alpha=alpha)
-        assert packed.to_bytes() == accel.pack(here, codec, fmt, alpha=alpha).to_bytes()
-        header = packed.header
-        marks = header.fmt, header.scale, header.alpha
-        body, lengths, _, _ = codecs_cuda.pack_blocks(x, header.cut, *marks)
-        offsets = torch.from_numpy(starts_of(lengths.cpu().numpy())).cuda()
-        packing, copy = beside_copy(partial(codecs_cuda.pack_blocks, x, header.cut, *marks), x, out, repeats)
-        unpack = partial(codecs_cuda.unpack_blocks, body, offsets, header.cut, *marks, out)
-        unpacking, _ = beside_copy(unpack, x, out, repeats)
-        unpack()
-        assert torch.equal(out, x)
-        whole = min(seconds(lambda: accel.pack(x, codec, fmt, alpha=alpha)) for _ in range(3))
-        back = min(seconds(lambda: accel.unpack(packed, out=out)) for _ in range(3))
-        bits = packed.nbits / elements
-        cells = [packing, unpacking, copy]
-        rows.append([codec, f"{bits:.3f}", *(f"{1e3 * time:.0f} us" for time in cells)])
-        rows[-1] += [f"{packing / copy:.2f}", f"{unpacking / copy:.2f}"]
-        rows[-1] += [f"{1e3 * time:.0f}" for time in (whole, back, there_and_back)]
-        figures.append({
-            "codec": codec,
-            "bits_per_element": bits,
-            "pack_milliseconds": packing,
-            "unpack_milliseconds": unpacking,
-            "copy_median_milliseconds": copy,
-            "pack_to_host_milliseconds": 1e3 * whole,
-            "unpack_from_host_milliseconds": 1e3 * back,
-            "copy_to_host_and_back_milliseconds": 1e3 * there_and_back,
-        })  # fmt: skip
-    title = f"Codecs ({100 * float((x == 0).float().mean()):.1f} % zeros)"
-    columns = ["codec", "bits an element", "pack", "unpack", "copy", "pack / copy", "unpack / copy"]
-    print_table(title, [*columns, "accel.pack ms", "accel.unpack ms", "copy to the host and back ms"], rows)
-    return figures
+    to_host_and_back = fastest(lambda: x.copy_(x.cpu()))
+    figures = [measure_codec(codec, here, x, alpha, repeats) for codec in LAYOUTS]
+    rows = []
+    for found in figures:
+        copy = found["copy_median_milliseconds"]
+        on_device = found["pack_milliseconds"], found["unpack_milliseconds"]
+        whole = found["pack_to_host_milliseconds"], found["unpack_from_host_milliseconds"], to_host_and_back
+        rows.append([
+            str(found["codec"]),
+            f"{found['bits_per_element']:.3f}",
+            *(f"{time:.3f} ({time / copy:.2f})" for time in on_device),
+            f"{copy:.3f}",
+            *(f"{time:.1f}" for time in whole),
+        ])  # fmt: skip
+    title = f"Codecs, ms ({100 * float((x == 0).float().mean()):.1f} % zeros); multiples of the copy"
+    columns = ["codec", "bits an element", "pack", "unpack", "copy"]
+    print_table(title, [*columns, "accel.pack", "accel.unpack", "tensor to host and back"], rows)
+    return [{**found, "tensor_to_host_and_back_milliseconds": to_host_and_back} for found in figures]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+def measure_codec(codec: str, here: torch.Tensor, x: torch.Tensor, alpha: float, repeats: int) -> dict[str, Any]:
+    """here: the tensor x on the host."""
+    from accel.codecs.blocks import starts_of
+    from accel.codecs.cuda import pack_blocks, unpack_blocks
+
+    fmt = accel.format("e4m3fn" if "alpha" in codec else {"base": "e4m3fn", "alpha_codes": True})
+    packed, out = accel.pack(x, codec, fmt, alpha=alpha), torch.empty_like(x)
+    assert packed.to_bytes() == accel.pack(here, codec, fmt, alpha=alpha).to_bytes()
+    header = packed.header
+    marks = header.cut, header.fmt, header.scale, header.alpha
+    body, lengths, _, _ = pack_blocks(x, *marks)
+    offsets = torch.from_numpy(starts_of(lengths.cpu().numpy())).cuda()
+    packing, copy = beside_copy(partial(pack_blocks, x, *marks), x, out, repeats)
+    unpacking, _ = beside_copy(partial(unpack_blocks, body, offsets, *marks, out), x, out, repeats)
+    out.zero_()
+    unpack_blocks(body, offsets, *marks, out)
+    assert torch.equal(out, x)
+    return {
+        "codec": codec,
+        "bits_per_element": packed.nbits / x.numel(),
+        "pack_milliseconds": packing,
+        "unpack_milliseconds": unpacking,
+        "copy_median_milliseconds": copy,
+        "pack_to_host_milliseconds": fastest(lambda: accel.pack(x, codec, fmt, alpha=alpha)),
+        "unpack_from_host_milliseconds": fastest(lambda: accel.unpack(packed, out=out)),
+    }
+
+
+def fastest(call: Callable[[], object], repeats: int = 3) -> float:
+    """Milliseconds of a call that waits for the device, the shortest."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
 
 
 def main() -> int:
