@@ -54,9 +54,10 @@ def pack_blocks(
     if isinstance(x, torch.Tensor):
         if (loops := _gpu_loops(x, cut, fmt)) is not None:
             found = loops.pack_blocks(x, cut, fmt, scale, alpha)
-            body, lengths, metadata, misfit = (tensor.cpu().numpy() for tensor in found)
-            return Body([body], lengths, metadata, int(misfit[0]) if misfit[0] < x.numel() else None)
-        x = x.cpu().numpy()
+            body, offsets, metadata, misfits = (tensor.cpu().numpy() for tensor in found)
+            if not misfits[0]:
+                return Body([body], np.diff(offsets), metadata, None)
+        x = x.cpu().numpy()  # also where some element has no code: the loops below find the first
     most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
     places = starts_of(most.astype(np.int64))
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing

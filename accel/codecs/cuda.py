@@ -7,7 +7,6 @@ reverse. Where the fields of a thread's elements lie follows from prefix sums ov
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,16 @@ from accel.codecs.codec import (
     ALPHA_UNKNOWN,
     BLOCK,
     FITS,
-    NEGATIVE_ALPHA,
     POSITIVE_ALPHA,
     TOO_LONG,
     TOO_SHORT,
     VALUE,
-    ZERO,
-    Content,
 )
 from accel.codecs.coding import alpha_of, as_codes, has_zero, value_fields
-from accel.codecs.symbols import code_with_alpha, coded, decoded, is_misfit, tag_of, value_with_alpha
+from accel.codecs.symbols import MAGNITUDE, code_with_alpha, coded, decoded, is_misfit, value_with_alpha
 from accel.formats import Format
 from accel.kernels.cpu import METHODS
-from accel.kernels.cuda import PADDED_CHUNK, padded
+from accel.kernels.cuda import PADDED_CHUNK, hold, padded, ragged_load, whole_held, whole_lanes
 from accel.kernels.cuda_jit import THREADS, device, launch
 from accel.kernels.jit import renamed
 from accel.rounding import Parameters
@@ -46,7 +42,8 @@ GROUP = 16
 GROUPS = BLOCK // GROUP
 IMAGE_WORDS = BLOCK + (2 * BLOCK + BLOCK) // 32 + 2  # the longest block: 32 bits a code, tags, and signs of +-alpha
 
-NONE, ONE = np.uint32(0), np.uint32(1)
+NONE, ONE, THREE = np.uint32(0), np.uint32(1), np.uint32(3)
+STEP = np.uint32(THREADS)
 LOW_HALF, HALF = np.uint32(0xFFFF), np.uint32(16)
 BYTE_BITS, WORD_SHIFT, LAST_OF_WORD, WORD = np.uint32(8), np.uint32(5), np.uint32(31), np.uint32(32)
 ALTERNATE = np.uint32(0x55555555)
@@ -70,7 +67,9 @@ def _put(image, at, word, bits):  # type: ignore[no-untyped-def]
 
 
 def _get(image, at, bits):  # type: ignore[no-untyped-def]
-    """`bits` bits of the image from bit `at` on, 1 to 32."""
+    """`bits` bits of the image from bit `at` on, up to 32."""
+    if bits == NONE:
+        return NONE
     first, shift = at >> WORD_SHIFT, np.uint32(at & LAST_OF_WORD)
     word = np.uint32(image[first] >> shift)
     if np.uint32(shift + bits) > WORD:
@@ -100,107 +99,11 @@ def whole_bytes(bits):  # type: ignore[no-untyped-def]
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _count(x, block, divisor, factor, alpha, value_fields, fields, counts, misfit):  # type: ignore[no-untyped-def]
-    """Nonzeros and +-alphas of each block; the first element that has no code, where it is less than misfit[0]."""
-    v, p = Parameters(*value_fields), PARAMETERS(*fields)  # noqa: F821
-    shared = cuda.shared.array(1, np.uint32)
-    if cuda.threadIdx.x == 0:
-        shared[0] = NONE
-    cuda.syncthreads()
-    low = cuda.blockIdx.x * block
-    high = min(low + block, x.size)
-    counted = NONE
-    for base in range(low, high, 4 * THREADS):
-        first = base + cuda.threadIdx.x
-        second, third, fourth = first + THREADS, first + 2 * THREADS, first + 3 * THREADS
-        a = x[first] if first < high else np.float32(0)
-        b = x[second] if second < high else np.float32(0)
-        c = x[third] if third < high else np.float32(0)
-        d = x[fourth] if fourth < high else np.float32(0)
-        counted = np.uint32(counted + counted_one(a, first, divisor, factor, alpha, v, p, misfit))  # noqa: F821
-        counted = np.uint32(counted + counted_one(b, second, divisor, factor, alpha, v, p, misfit))  # noqa: F821
-        counted = np.uint32(counted + counted_one(c, third, divisor, factor, alpha, v, p, misfit))  # noqa: F821
-        counted = np.uint32(counted + counted_one(d, fourth, divisor, factor, alpha, v, p, misfit))  # noqa: F821
-    cuda.atomic.add(shared, 0, counted)
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        counts[0, cuda.blockIdx.x] = np.int64(shared[0] & LOW_HALF)
-        counts[1, cuda.blockIdx.x] = np.int64(shared[0] >> HALF)
-
-
-def _counted_one(value, index, divisor, factor, alpha, v, p, misfit):  # type: ignore[no-untyped-def]
-    """1 for a nonzero, and 1 in the upper half for +-alpha."""
-    given = bits_of(value)
-    if given == NONE:
-        return NONE
-    again = np.float32(decoded(code_of(value, divisor, p), factor, v))  # noqa: F821
-    if is_misfit(given, bits_of(again), alpha[1]):
-        cuda.atomic.min(misfit, 0, index)
-    return np.uint32(ONE | np.uint32(np.uint32(tag_of(given, alpha[1], alpha[2]) != VALUE) << HALF))
-
-
-def _write(x, block, layout, bits, divisor, alpha, fields, offsets, out):  # type: ignore[no-untyped-def]
-    """Blocks of elements that all have codes into out, where offsets tell."""
-    p = PARAMETERS(*fields)  # noqa: F821
-    held = cuda.shared.array(PADDED_CHUNK, np.float32)
-    image = cuda.shared.array(IMAGE_WORDS, np.uint32)
-    sums = cuda.shared.array((2, GROUPS), np.uint32)
-    low = cuda.blockIdx.x * block
-    count = np.uint32(min(low + block, x.size) - low)
-    begin = offsets[cuda.blockIdx.x]
-    length = np.uint32(offsets[cuda.blockIdx.x + 1] - begin)
-    for i in range(cuda.threadIdx.x, (length + 3) // 4, THREADS):
-        image[i] = NONE
-    for i in range(cuda.threadIdx.x, count, THREADS):
-        held[padded(i)] = x[low + i]
-    cuda.syncthreads()
-
-    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
-        counted = NONE
-        for i in range(group * GROUP, min((group + 1) * GROUP, count)):
-            given = bits_of(held[padded(i)])
-            if given != NONE:
-                is_alpha = np.uint32(tag_of(given, alpha[1], alpha[2]) != VALUE)
-                counted = np.uint32(counted + ONE + np.uint32(is_alpha << HALF))
-        sums[0, group] = counted
-    row = add_up(sums)  # noqa: F821
-    total = sums[row, GROUPS - 1]
-    second, third, payload = streams_of(layout, count, total & LOW_HALF, total >> HALF)
-
-    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
-        before = sums[row, group - 1] if group > 0 else NONE
-        nonzeros, alphas = np.uint32(before & LOW_HALF), np.uint32(before >> HALF)
-        flags, tags, kept, signs = NONE, NONE, NONE, NONE
-        found, found_alphas = NONE, NONE
-        place = np.uint32(payload + np.uint32(np.uint32(nonzeros - alphas) * bits))
-        for i in range(group * GROUP, min((group + 1) * GROUP, count)):
-            lane = np.uint32(i - group * GROUP)
-            value = held[padded(i)]
-            given = bits_of(value)
-            if given != NONE:
-                tag = np.uint32(tag_of(given, alpha[1], alpha[2]))
-                flags = np.uint32(flags | np.uint32(ONE << lane))
-                tags = np.uint32(tags | np.uint32(tag << np.uint32(lane + lane)))
-                if tag == VALUE:
-                    kept = np.uint32(kept | np.uint32(ONE << found))
-                    code = code_of(value, divisor, p)  # noqa: F821
-                    code = code_with_alpha(code, given, alpha[1], alpha[2], alpha[4], alpha[5])
-                    put(image, place, np.uint32(code), bits)  # noqa: F821
-                    place = np.uint32(place + bits)
-                else:
-                    signs = np.uint32(signs | np.uint32(np.uint32(tag == NEGATIVE_ALPHA) << found_alphas))
-                    found_alphas = np.uint32(found_alphas + ONE)
-                found = np.uint32(found + ONE)
-        if layout == TAGS:
-            put(image, np.uint32(2 * group * GROUP), tags, np.uint32(2 * GROUP))  # noqa: F821
-        else:
-            put(image, np.uint32(group * GROUP), flags, np.uint32(GROUP))  # noqa: F821
-        if layout == FOUR_STREAMS:
-            put(image, np.uint32(second + nonzeros), kept, found)  # noqa: F821
-            put(image, np.uint32(third + alphas), signs, found_alphas)  # noqa: F821
-    cuda.syncthreads()
-    for i in range(cuda.threadIdx.x, length, THREADS):
-        out[begin + i] = np.uint8(image[i // 4] >> np.uint32(BYTE_BITS * np.uint32(i % 4)))
+@device
+def tally(given, alpha):  # type: ignore[no-untyped-def]
+    """Of an element's pattern: 1 for a nonzero, and 1 in the upper half for +-alpha."""
+    is_alpha = np.uint32((np.uint32(given & MAGNITUDE) == alpha[1]) & alpha[2])
+    return np.uint32(np.uint32(given != NONE) | np.uint32(is_alpha << HALF))
 
 
 @device
@@ -214,6 +117,113 @@ def streams_of(layout, count, nonzeros, alphas):  # type: ignore[no-untyped-def]
     return payload, payload, payload
 
 
+def count_patterns(x, block, layout, bits, alpha, lengths, middles):  # type: ignore[no-untyped-def]
+    """How many bytes each block takes, to lengths[1 ..], and how many of them are metadata."""
+    shared = cuda.shared.array(1, np.uint32)
+    if cuda.threadIdx.x == 0:
+        shared[0] = NONE
+    cuda.syncthreads()
+    low = cuda.blockIdx.x * block
+    source = x[low : min(low + block, x.size)]
+    count = np.uint32(source.size)
+    counted, first = NONE, np.uint32(cuda.threadIdx.x)
+    if count == BLOCK:
+        for base in range(0, BLOCK, 4 * THREADS):
+            i = np.uint32(first + np.uint32(base))
+            a, b = source[i], source[np.uint32(i + STEP)]
+            c, d = source[np.uint32(i + STEP + STEP)], source[np.uint32(i + STEP + STEP + STEP)]
+            one = np.uint32(tally(bits_of(a), alpha) + tally(bits_of(b), alpha))
+            other = np.uint32(tally(bits_of(c), alpha) + tally(bits_of(d), alpha))
+            counted = np.uint32(counted + one + other)
+    else:
+        for i in range(first, count, THREADS):
+            counted = np.uint32(counted + tally(bits_of(source[np.uint32(i)]), alpha))
+    cuda.atomic.add(shared, 0, counted)
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        nonzeros, alphas = np.uint32(shared[0] & LOW_HALF), np.uint32(shared[0] >> HALF)
+        payload = streams_of(layout, count, nonzeros, alphas)[2]
+        end = np.uint32(payload + whole_bytes(np.uint32(np.uint32(nonzeros - alphas) * bits)))
+        lengths[cuda.blockIdx.x + 1] = np.int64(end // BYTE_BITS)
+        middles[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
+
+
+def _write(  # type: ignore[no-untyped-def]
+    x, block, layout, bits, divisor, factor, alpha, value_fields, fields, offsets, out, misfits
+):
+    """Blocks into out, where offsets tell. misfits[0] becomes 1 where an element has no code."""
+    v, p = Parameters(*value_fields), PARAMETERS(*fields)  # noqa: F821
+    held = cuda.shared.array(PADDED_CHUNK, np.float32)
+    kept = cuda.shared.array(BLOCK, np.float32)
+    image = cuda.shared.array(IMAGE_WORDS, np.uint32)
+    sums = cuda.shared.array((2, GROUPS), np.uint32)
+    low = cuda.blockIdx.x * block
+    source = x[low : min(low + block, x.size)]
+    count, begin = np.uint32(source.size), offsets[cuda.blockIdx.x]
+    length = np.uint32(offsets[cuda.blockIdx.x + 1] - begin)
+    for i in range(cuda.threadIdx.x, (length + 3) // 4, THREADS):
+        image[np.uint32(i)] = NONE
+    if count == BLOCK:
+        for base in range(0, BLOCK // 4, THREADS):
+            hold(held, source, base + cuda.threadIdx.x)
+    else:
+        for i in range(cuda.threadIdx.x, BLOCK, THREADS):
+            held[padded(i)] = ragged_load(source, np.uint32(i))
+    cuda.syncthreads()
+
+    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
+        first, counted = padded(group * GROUP), NONE
+        for lane in range(GROUP):
+            counted = np.uint32(counted + tally(bits_of(held[np.uint32(first + np.uint32(lane))]), alpha))
+        sums[0, group] = counted
+    row = add_up(sums)  # noqa: F821
+    total = sums[row, GROUPS - 1]
+    nonzeros, alphas = np.uint32(total & LOW_HALF), np.uint32(total >> HALF)
+    second, third, payload = streams_of(layout, count, nonzeros, alphas)
+
+    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
+        before = sums[row, group - 1] if group > 0 else NONE
+        nonzeros_before, alphas_before = np.uint32(before & LOW_HALF), np.uint32(before >> HALF)
+        first, place = padded(group * GROUP), np.uint32(nonzeros_before - alphas_before)
+        flags, tags, are_values, signs, found, found_alphas = NONE, NONE, NONE, NONE, NONE, NONE
+        for lane in range(GROUP):
+            value = held[np.uint32(first + np.uint32(lane))]
+            given = bits_of(value)
+            marks = tally(given, alpha)
+            is_nonzero, is_alpha = np.uint32(marks & ONE), np.uint32(marks >> HALF)
+            is_value, sign = np.uint32(is_nonzero - is_alpha), np.uint32(given >> LAST_OF_WORD)
+            flags = np.uint32(flags | np.uint32(is_nonzero << np.uint32(lane)))
+            tag = np.uint32(is_value | np.uint32(is_alpha * np.uint32(POSITIVE_ALPHA + sign)))
+            tags = np.uint32(tags | np.uint32(tag << np.uint32(2 * lane)))
+            are_values = np.uint32(are_values | np.uint32(is_value << found))
+            signs = np.uint32(signs | np.uint32(np.uint32(is_alpha & sign) << found_alphas))
+            if is_value:
+                kept[place] = value
+            place = np.uint32(place + is_value)
+            found, found_alphas = np.uint32(found + is_nonzero), np.uint32(found_alphas + is_alpha)
+        if layout == TAGS:
+            put(image, np.uint32(2 * group * GROUP), tags, np.uint32(2 * GROUP))  # noqa: F821
+        else:
+            put(image, np.uint32(group * GROUP), flags, np.uint32(GROUP))  # noqa: F821
+        if layout == FOUR_STREAMS:
+            put(image, np.uint32(second + nonzeros_before), are_values, found)  # noqa: F821
+            put(image, np.uint32(third + alphas_before), signs, found_alphas)  # noqa: F821
+    cuda.syncthreads()
+
+    for k in range(cuda.threadIdx.x, nonzeros - alphas, THREADS):
+        value = kept[np.uint32(k)]
+        given = bits_of(value)
+        code = np.uint32(code_of(value, divisor, p))  # noqa: F821
+        if is_misfit(given, bits_of(np.float32(decoded(code, factor, v))), alpha[1]):
+            misfits[0] = 1
+        code = np.uint32(code_with_alpha(code, given, alpha[1], alpha[2], alpha[4], alpha[5]))
+        put(image, np.uint32(payload + np.uint32(np.uint32(k) * bits)), code, bits)  # noqa: F821
+    cuda.syncthreads()
+    for i in range(cuda.threadIdx.x, length, THREADS):
+        i = np.uint32(i)
+        out[begin + np.int64(i)] = np.uint8(image[i >> np.uint32(2)] >> np.uint32(BYTE_BITS * np.uint32(i & THREE)))
+
+
 def _read(  # type: ignore[no-untyped-def]
     data, block, layout, bits, factor, alpha, value_fields, offsets, out, middles, faults
 ):
@@ -223,85 +233,93 @@ def _read(  # type: ignore[no-untyped-def]
     """
     v = Parameters(*value_fields)
     held = cuda.shared.array(PADDED_CHUNK, np.float32)
+    kept = cuda.shared.array(BLOCK, np.float32)
     image = cuda.shared.array(IMAGE_WORDS, np.uint32)
     sums = cuda.shared.array((2, GROUPS), np.uint32)
     values = cuda.shared.array((2, GROUPS), np.uint32)
     low = cuda.blockIdx.x * block
-    count = np.uint32(min(low + block, out.size) - low)
-    begin, end = offsets[cuda.blockIdx.x], offsets[cuda.blockIdx.x + 1]
-    for i in range(cuda.threadIdx.x, min((end - begin + 3) // 4, IMAGE_WORDS), THREADS):
+    target = out[low : min(low + block, out.size)]
+    count, begin, end = np.uint32(target.size), offsets[cuda.blockIdx.x], offsets[cuda.blockIdx.x + 1]
+    source = data[begin:end]
+    for i in range(cuda.threadIdx.x, min((source.size + 3) // 4, IMAGE_WORDS), THREADS):
         word = NONE
         for k in range(4):
-            place = begin + 4 * i + k
-            if place < end:
-                word = np.uint32(word | np.uint32(np.uint32(data[place]) << np.uint32(8 * k)))
-        image[i] = word
+            place = np.uint32(4 * i + k)
+            if place < source.size:
+                word = np.uint32(word | np.uint32(np.uint32(source[place]) << np.uint32(8 * k)))
+        image[np.uint32(i)] = word
     cuda.syncthreads()
 
     for group in range(cuda.threadIdx.x, GROUPS, THREADS):
         sums[0, group] = found_in_group(image, layout, count, group)  # noqa: F821
-    row = add_up(sums)  # noqa: F821
+    row, values_row = add_up(sums), 0  # noqa: F821
     total = sums[row, GROUPS - 1]
-    nonzeros, alphas = np.uint32(total & LOW_HALF), np.uint32(total >> HALF)
-    values_row = 0
+    found, alphas = np.uint32(total & LOW_HALF), np.uint32(total >> HALF)  # found: nonzeros, of tags values
     second = whole_bytes(count)
     if layout == FOUR_STREAMS:
         for group in range(cuda.threadIdx.x, GROUPS, THREADS):
             before = sums[row, group - 1] if group > 0 else NONE
-            found = np.uint32(sums[row, group] - before)
-            kept = get(image, np.uint32(second + before), found) if found > NONE else NONE  # noqa: F821
-            values[0, group] = np.uint32(cuda.popc(kept))
+            values[0, group] = cuda.popc(get(image, np.uint32(second + before), sums[row, group] - before))  # noqa: F821
         values_row = add_up(values)  # noqa: F821
-        alphas = np.uint32(nonzeros - values[values_row, GROUPS - 1])
-    second, third, payload = streams_of(layout, count, nonzeros, alphas)
-    kept_values = np.uint32(nonzeros - alphas) if layout == FOUR_STREAMS else nonzeros
-    needed = np.int64(np.uint32(payload + whole_bytes(np.uint32(kept_values * bits))) // BYTE_BITS)
+        alphas = np.uint32(found - values[values_row, GROUPS - 1])
+        second, third, payload = streams_of(layout, count, found, alphas)
+        found = np.uint32(found - alphas)
+    else:
+        second, third, payload = streams_of(layout, count, found, alphas)
+    needed = np.int64(np.uint32(payload + whole_bytes(np.uint32(found * bits))) // BYTE_BITS)
     if cuda.threadIdx.x == 0:
         fault = FITS if needed == end - begin else TOO_LONG
         fault = ALPHA_UNKNOWN if alphas > NONE and not alpha[0] > np.float32(0) else fault
         faults[cuda.blockIdx.x] = TOO_SHORT if needed > end - begin else fault
         middles[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
-    rest = np.float32(decoded(NONE, factor, v))
 
-    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
-        before = sums[row, group - 1] if group > 0 else NONE
-        before_values = np.uint32(before & LOW_HALF)
-        flags, kept = NONE, NONE
-        sign_at = third
-        if layout == TAGS:
-            flags = image[group] if group * GROUP < count else NONE
-        else:
-            flags = image[group // 2] >> np.uint32(HALF * np.uint32(group % 2)) if group * GROUP < count else NONE
-        if layout == FOUR_STREAMS:
-            found = np.uint32(sums[row, group] - before)
-            kept = get(image, np.uint32(second + before), found) if found > NONE else NONE  # noqa: F821
-            before_values = values[values_row, group - 1] if group > 0 else NONE
-            sign_at = np.uint32(third + np.uint32(before - before_values))
-        place = np.uint32(payload + np.uint32(before_values * bits))
-        for i in range(group * GROUP, min((group + 1) * GROUP, count)):
-            lane = np.uint32(i - group * GROUP)
-            tag = np.uint32(ZERO)
-            if layout == TAGS:
-                tag = np.uint32(np.uint32(flags >> np.uint32(lane + lane)) & np.uint32(3))
-            elif np.uint32(flags >> lane) & ONE:
-                tag = np.uint32(VALUE)
-                if layout == FOUR_STREAMS:
-                    if not kept & ONE:
-                        tag = np.uint32(POSITIVE_ALPHA + get(image, sign_at, ONE))  # noqa: F821
-                        sign_at = np.uint32(sign_at + ONE)
-                    kept = np.uint32(kept >> ONE)
-            value = rest
-            if tag == VALUE:
-                code = get(image, place, bits)  # noqa: F821
-                place = np.uint32(place + bits)
-                value = np.float32(decoded(code, factor, v))
-                value = value_with_alpha(value, tag, code, alpha[0], alpha[3], alpha[4], alpha[5])
-            elif tag != ZERO:
-                value = value_with_alpha(rest, tag, NONE, alpha[0], False, NONE, NONE)
-            held[padded(i)] = value
+    for k in range(cuda.threadIdx.x, found, THREADS):
+        code = get(image, np.uint32(payload + np.uint32(np.uint32(k) * bits)), bits)  # noqa: F821
+        value = np.float32(decoded(code, factor, v))
+        value = value_with_alpha(value, VALUE, code, alpha[0], alpha[3], alpha[4], alpha[5])
+        kept[np.uint32(k)] = value
     cuda.syncthreads()
-    for i in range(cuda.threadIdx.x, count, THREADS):
-        out[low + i] = held[padded(i)]
+
+    rest = np.float32(decoded(NONE, factor, v))
+    for group in range(cuda.threadIdx.x, GROUPS, THREADS):
+        before = np.uint32(sums[row, group - 1] & LOW_HALF) if group > 0 else NONE
+        place, flags, are_values, signs = before, NONE, np.uint32(0xFFFF), NONE
+        if group * GROUP < count:
+            flags = image[group] if layout == TAGS else image[group // 2] >> np.uint32(HALF * np.uint32(group % 2))
+        if layout == FOUR_STREAMS:
+            place = values[values_row, group - 1] if group > 0 else NONE
+            nonzeros = np.uint32(np.uint32(sums[row, group]) - before)
+            are_values = get(image, np.uint32(second + before), nonzeros)  # noqa: F821
+            alphas_before = np.uint32(before - place)
+            signs = get(image, np.uint32(third + alphas_before), np.uint32(GROUP))  # noqa: F821
+        first = padded(group * GROUP)
+        for lane in range(GROUP):
+            if layout == TAGS:
+                tag = np.uint32(np.uint32(flags >> np.uint32(2 * lane)) & THREE)
+                is_value, is_alpha, sign = np.uint32(tag == VALUE), np.uint32(tag >> ONE), np.uint32(tag & ONE)
+            else:
+                is_nonzero = np.uint32(np.uint32(flags >> np.uint32(lane)) & ONE)
+                is_value = np.uint32(is_nonzero & are_values)
+                is_alpha, sign = np.uint32(is_nonzero - is_value), np.uint32(signs & ONE)
+                are_values = np.uint32(are_values >> is_nonzero)
+                signs = np.uint32(signs >> is_alpha)
+            value = kept[place] if is_value else rest
+            lifted = -alpha[0] if sign else alpha[0]
+            held[np.uint32(first + np.uint32(lane))] = lifted if is_alpha else value
+            place = np.uint32(place + is_value)
+    cuda.syncthreads()
+    if count == BLOCK:
+        for base in range(0, BLOCK // 4, THREADS):
+            lanes = whole_lanes(base + cuda.threadIdx.x, NONE)
+            a, b, c, d = whole_held(held, lanes)
+            i, j, k, m = lanes
+            target[i] = a
+            target[j] = b
+            target[k] = c
+            target[m] = d
+    else:
+        for i in range(cuda.threadIdx.x, count, THREADS):
+            target[np.uint32(i)] = held[padded(i)]
 
 
 def _found_in_group(image, layout, count, group):  # type: ignore[no-untyped-def]
@@ -311,7 +329,7 @@ def _found_in_group(image, layout, count, group):  # type: ignore[no-untyped-def
         return NONE
     left = np.uint32(min(count - first, GROUP))
     if layout == TAGS:
-        tags = np.uint32(image[group] & np.uint32(np.uint32(0xFFFFFFFF) >> np.uint32(WORD - np.uint32(left + left))))
+        tags = get(image, np.uint32(2 * first), np.uint32(left + left))  # noqa: F821
         upper = np.uint32(np.uint32(tags >> ONE) & ALTERNATE)
         alphas = np.uint32(cuda.popc(upper))
         return np.uint32(np.uint32(cuda.popc(np.uint32(tags & ALTERNATE & ~upper))) | np.uint32(alphas << HALF))
@@ -321,18 +339,17 @@ def _found_in_group(image, layout, count, group):  # type: ignore[no-untyped-def
 def _bound(loop: Any, name: str, **names: Any) -> Any:
     """`loop` with what its free names mean; those that use `cuda` see the loop's own (the simulator replaces it)."""
     names = {**globals(), **names}
-    for part in (_put, _get, _add_up, _counted_one, _found_in_group):
+    for part in (_put, _get, _add_up, _found_in_group):
         names[part.__name__[1:]] = device(renamed(part, f"{name}{part.__name__}", names))
     return renamed(loop, name, names)
 
 
 def _loops() -> dict[str, Any]:
-    loops = {"unpack": _bound(_read, "unpack")}
+    loops = {"count_patterns": count_patterns, "unpack": _bound(_read, "unpack")}
     for method, suffix in CODES.items():
         _, code, record, _ = METHODS[method]
-        names = {"code_of": device(renamed(coded, f"code_{suffix}", {**coded.__globals__, "transform": code}))}
-        loops[f"count_{suffix}"] = _bound(_count, f"count_{suffix}", PARAMETERS=record, **names)
-        loops[f"pack_{suffix}"] = _bound(_write, f"pack_{suffix}", PARAMETERS=record, **names)
+        code_of = device(renamed(coded, f"code_{suffix}", {**coded.__globals__, "transform": code}))
+        loops[f"pack_{suffix}"] = _bound(_write, f"pack_{suffix}", PARAMETERS=record, code_of=code_of)
     return loops
 
 
@@ -345,33 +362,21 @@ LOOPS = _loops()
 def pack_blocks(
     x: torch.Tensor, cut: Cut, fmt: Format, scale: np.float32, alpha: np.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(body, length and metadata bytes of each block, the first element that has no code) of a flat tensor.
+    """(body, where its blocks start and end, metadata bytes of each, whether an element has no code) of a flat tensor.
 
-    All on x's device; of a tensor with such an element the body is empty, and that number less than x.numel().
+    All on x's device.
     """
-    counts = torch.zeros(2, cut.count, dtype=torch.int64, device=x.device)
-    misfit = torch.full((1,), x.numel(), dtype=torch.int64, device=x.device)
     divisor, method, fields = as_codes(fmt, scale)
-    suffix, marks = CODES[method], tuple(alpha_of(alpha, cut, fmt))
-    arguments = x, cut.block, divisor, scale, marks, tuple(value_fields(fmt)), tuple(fields), counts, misfit
-    _launch(f"count_{suffix}", cut.count, *arguments)
-    streams = cut.codec.streams(Content(_sizes(cut, x.device), counts[0], counts[1], rows=1), cut.setting)
-    lengths = [(stream.fields * stream.bits + 7) // 8 for stream in streams]
-    length = reduce(torch.add, lengths)
-    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    is_fit, total = torch.stack([misfit[0] == x.numel(), offsets[-1]]).tolist()
-    body = torch.empty(total if is_fit else 0, dtype=torch.uint8, device=x.device)
-    if is_fit:
-        layout = LAYOUTS[cut.codec.name], np.uint32(cut.bits)
-        _launch(f"pack_{suffix}", cut.count, x, cut.block, *layout, divisor, marks, tuple(fields), offsets, body)
-    return body, length, length - lengths[-1], misfit
-
-
-def _sizes(cut: Cut, place: torch.device) -> torch.Tensor:
-    sizes = torch.full((cut.count,), cut.block, dtype=torch.int64, device=place)
-    if cut.count:
-        sizes[-1] = cut.numel - (cut.count - 1) * cut.block
-    return sizes
+    layout, marks = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
+    lengths = torch.zeros(cut.count + 1, dtype=torch.int64, device=x.device)
+    middles = torch.empty(cut.count, dtype=torch.int64, device=x.device)
+    _launch("count_patterns", cut.count, x, cut.block, *layout, marks, lengths, middles)
+    offsets = lengths.cumsum(0)
+    body = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=x.device)
+    misfits = torch.zeros(1, dtype=torch.int64, device=x.device)
+    rounding = divisor, scale, marks, tuple(value_fields(fmt)), tuple(fields)
+    _launch(f"pack_{CODES[method]}", cut.count, x, cut.block, *layout, *rounding, offsets, body, misfits)
+    return body, offsets, middles, misfits
 
 
 def unpack_blocks(

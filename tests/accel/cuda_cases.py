@@ -193,7 +193,7 @@ def _damaged(x: torch.Tensor) -> torch.Tensor:
         streams = (header, good.stream), (good.header, short), (good.header, long)
         for packed in (accel.Packed(*parts) for parts in streams):
             try:
-                found += str(accel.unpack(packed, out=torch.empty_like(x)).nan_to_num().sum()).encode()
+                found += str(float(accel.unpack(packed, out=torch.empty_like(x)).nan_to_num().sum())).encode()
             except accel.CodecError as error:
                 found += str(error).encode()
     return torch.tensor(list(found), dtype=torch.uint8)

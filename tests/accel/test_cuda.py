@@ -75,10 +75,10 @@ def arguments(name: str, wide: bool = False) -> tuple[Any, ...]:
     if name == "unpack":
         return (bytes_, 1, np.int32(0), code, alpha, marks, values, offsets, reals, offsets, offsets)
     singles = reals.astype(np.float32)
-    if name.startswith("count"):
-        return (singles, 1, one, alpha, marks, values, fields, np.zeros((2, 2), np.int64), offsets)
+    if name == "count_patterns":
+        return (singles, 1, np.int32(0), code, marks, offsets, offsets)
     if name.startswith("pack"):
-        return (singles, 1, np.int32(0), code, one, marks, fields, offsets, bytes_)
+        return (singles, 1, np.int32(0), code, one, alpha, marks, values, fields, offsets, bytes_, offsets)
     out = bytes_ if name.startswith("encode") else reals
     scales = tuple(block_scaling.block_parameters(blocks())), tuple(block_scaling.scale_parameters(blocks()))
     if "blocks_" in name:
@@ -139,7 +139,7 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
         assert fusible(ptx) == [], name
         assert set(re.findall(r"\bdiv\.\w+(?:\.\w+)*\.f32", ptx)) <= {"div.rn.f32"}, name
         divisions += ptx.count("div.rn.f32")
-        if re.search(r"^((quantize_scaled|encode_scaled|both)_(nearest|stochastic)|(count|pack)_nearest)$", name):
+        if re.search(r"^((quantize_scaled|encode_scaled|both)_(nearest|stochastic)|pack_nearest)$", name):
             wide = ptx_of(loop, name, arguments(name, wide=True), architecture)
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name
