@@ -40,7 +40,8 @@ CODES = {"nearest": "nearest", "fast_nearest": "fast", "fast_narrow": "fast", "f
 
 GROUP = 16
 GROUPS = BLOCK // GROUP
-IMAGE_WORDS = BLOCK + (2 * BLOCK + BLOCK) // 32 + 2  # the longest block: 32 bits a code, tags, and signs of +-alpha
+MAX_BITS = 16  # of a code: a block with all its streams has to fit shared memory, of which there are 48 KiB
+IMAGE_WORDS = (MAX_BITS + 3) * BLOCK // 32 + 2
 
 NONE, ONE, THREE = np.uint32(0), np.uint32(1), np.uint32(3)
 STEP = np.uint32(THREADS)
@@ -51,7 +52,7 @@ ALTERNATE = np.uint32(0x55555555)
 
 def serves(cut: Cut, fmt: Format) -> bool:
     """Whether these loops pack and unpack such blocks: of three codecs, not too large, of a format with a zero."""
-    return cut.codec.name in LAYOUTS and cut.block <= BLOCK and has_zero(fmt)
+    return cut.codec.name in LAYOUTS and cut.block <= BLOCK and fmt.bits <= MAX_BITS and has_zero(fmt)
 
 
 # --- in shared memory -----------------------------------------------------------------------------------------------
@@ -156,6 +157,7 @@ def _write(  # type: ignore[no-untyped-def]
     held = cuda.shared.array(PADDED_CHUNK, np.float32)
     kept = cuda.shared.array(BLOCK, np.float32)
     image = cuda.shared.array(IMAGE_WORDS, np.uint32)
+    masks = cuda.shared.array(GROUPS, np.uint32)
     sums = cuda.shared.array((2, GROUPS), np.uint32)
     low = cuda.blockIdx.x * block
     source = x[low : min(low + block, x.size)]
@@ -172,10 +174,13 @@ def _write(  # type: ignore[no-untyped-def]
     cuda.syncthreads()
 
     for group in range(cuda.threadIdx.x, GROUPS, THREADS):
-        first, counted = padded(group * GROUP), NONE
+        first, marks = padded(group * GROUP), NONE
         for lane in range(GROUP):
-            counted = np.uint32(counted + tally(bits_of(held[np.uint32(first + np.uint32(lane))]), alpha))
-        sums[0, group] = counted
+            one = tally(bits_of(held[np.uint32(first + np.uint32(lane))]), alpha)
+            marks = np.uint32(marks | np.uint32(one << np.uint32(lane)))
+        masks[group] = marks
+        alphas = np.uint32(cuda.popc(np.uint32(marks >> HALF)))
+        sums[0, group] = np.uint32(np.uint32(cuda.popc(np.uint32(marks & LOW_HALF))) | np.uint32(alphas << HALF))
     row = add_up(sums)  # noqa: F821
     total = sums[row, GROUPS - 1]
     nonzeros, alphas = np.uint32(total & LOW_HALF), np.uint32(total >> HALF)
@@ -185,22 +190,23 @@ def _write(  # type: ignore[no-untyped-def]
         before = sums[row, group - 1] if group > 0 else NONE
         nonzeros_before, alphas_before = np.uint32(before & LOW_HALF), np.uint32(before >> HALF)
         first, place = padded(group * GROUP), np.uint32(nonzeros_before - alphas_before)
-        flags, tags, are_values, signs, found, found_alphas = NONE, NONE, NONE, NONE, NONE, NONE
-        for lane in range(GROUP):
-            value = held[np.uint32(first + np.uint32(lane))]
-            given = bits_of(value)
-            marks = tally(given, alpha)
-            is_nonzero, is_alpha = np.uint32(marks & ONE), np.uint32(marks >> HALF)
-            is_value, sign = np.uint32(is_nonzero - is_alpha), np.uint32(given >> LAST_OF_WORD)
-            flags = np.uint32(flags | np.uint32(is_nonzero << np.uint32(lane)))
-            tag = np.uint32(is_value | np.uint32(is_alpha * np.uint32(POSITIVE_ALPHA + sign)))
-            tags = np.uint32(tags | np.uint32(tag << np.uint32(2 * lane)))
-            are_values = np.uint32(are_values | np.uint32(is_value << found))
-            signs = np.uint32(signs | np.uint32(np.uint32(is_alpha & sign) << found_alphas))
-            if is_value:
+        flags, are_alphas = np.uint32(masks[group] & LOW_HALF), np.uint32(masks[group] >> HALF)
+        tags, are_values, signs, found, found_alphas, left = NONE, NONE, NONE, NONE, NONE, flags
+        while left != NONE:
+            lane = np.uint32(np.uint32(cuda.ffs(left)) - ONE)
+            left = np.uint32(left & np.uint32(left - ONE))
+            value = held[np.uint32(first + lane)]
+            is_alpha, sign = np.uint32(np.uint32(are_alphas >> lane) & ONE), np.uint32(bits_of(value) >> LAST_OF_WORD)
+            if is_alpha:
+                tag = np.uint32(POSITIVE_ALPHA + sign)
+                signs = np.uint32(signs | np.uint32(sign << found_alphas))
+            else:
+                tag = np.uint32(VALUE)
+                are_values = np.uint32(are_values | np.uint32(ONE << found))
                 kept[place] = value
-            place = np.uint32(place + is_value)
-            found, found_alphas = np.uint32(found + is_nonzero), np.uint32(found_alphas + is_alpha)
+            tags = np.uint32(tags | np.uint32(tag << np.uint32(lane + lane)))
+            place = np.uint32(place + np.uint32(ONE - is_alpha))
+            found, found_alphas = np.uint32(found + ONE), np.uint32(found_alphas + is_alpha)
         if layout == TAGS:
             put(image, np.uint32(2 * group * GROUP), tags, np.uint32(2 * GROUP))  # noqa: F821
         else:
@@ -283,9 +289,10 @@ def _read(  # type: ignore[no-untyped-def]
     rest = np.float32(decoded(NONE, factor, v))
     for group in range(cuda.threadIdx.x, GROUPS, THREADS):
         before = np.uint32(sums[row, group - 1] & LOW_HALF) if group > 0 else NONE
-        place, flags, are_values, signs = before, NONE, np.uint32(0xFFFF), NONE
+        place, flags, are_values, signs = before, NONE, np.uint32(0xFFFFFFFF), NONE
         if group * GROUP < count:
-            flags = image[group] if layout == TAGS else image[group // 2] >> np.uint32(HALF * np.uint32(group % 2))
+            bits_a_group = np.uint32(2 * GROUP if layout == TAGS else GROUP)
+            flags = get(image, np.uint32(np.uint32(group) * bits_a_group), bits_a_group)  # noqa: F821
         if layout == FOUR_STREAMS:
             place = values[values_row, group - 1] if group > 0 else NONE
             nonzeros = np.uint32(np.uint32(sums[row, group]) - before)
@@ -294,18 +301,22 @@ def _read(  # type: ignore[no-untyped-def]
             signs = get(image, np.uint32(third + alphas_before), np.uint32(GROUP))  # noqa: F821
         first = padded(group * GROUP)
         for lane in range(GROUP):
+            held[np.uint32(first + np.uint32(lane))] = rest
+        left = flags
+        if layout == TAGS:
+            left = np.uint32(np.uint32(flags | np.uint32(flags >> ONE)) & ALTERNATE)  # a bit for each tag but zero
+        while left != NONE:
+            bit = np.uint32(np.uint32(cuda.ffs(left)) - ONE)
+            left = np.uint32(left & np.uint32(left - ONE))
             if layout == TAGS:
-                tag = np.uint32(np.uint32(flags >> np.uint32(2 * lane)) & THREE)
-                is_value, is_alpha, sign = np.uint32(tag == VALUE), np.uint32(tag >> ONE), np.uint32(tag & ONE)
+                tag = np.uint32(np.uint32(flags >> bit) & THREE)
+                lane, is_value, sign = np.uint32(bit >> ONE), np.uint32(tag == VALUE), np.uint32(tag & ONE)
             else:
-                is_nonzero = np.uint32(np.uint32(flags >> np.uint32(lane)) & ONE)
-                is_value = np.uint32(is_nonzero & are_values)
-                is_alpha, sign = np.uint32(is_nonzero - is_value), np.uint32(signs & ONE)
-                are_values = np.uint32(are_values >> is_nonzero)
-                signs = np.uint32(signs >> is_alpha)
-            value = kept[place] if is_value else rest
-            lifted = -alpha[0] if sign else alpha[0]
-            held[np.uint32(first + np.uint32(lane))] = lifted if is_alpha else value
+                lane, is_value, sign = bit, np.uint32(are_values & ONE), np.uint32(signs & ONE)
+                are_values = np.uint32(are_values >> ONE)
+                signs = np.uint32(signs >> np.uint32(ONE - is_value))
+            value = -alpha[0] if sign else alpha[0]
+            held[np.uint32(first + lane)] = kept[place] if is_value else value
             place = np.uint32(place + is_value)
     cuda.syncthreads()
     if count == BLOCK:

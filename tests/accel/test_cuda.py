@@ -143,8 +143,9 @@ def test_every_kernel_compiles(architecture: tuple[int, int], monkeypatch: pytes
             wide = ptx_of(loop, name, arguments(name, wide=True), architecture)
             assert "div.rn.f64" in wide
             assert not re.search(r"\bfma\b", wide), name
+        if name in codecs_cuda.LOOPS:  # which take the most of shared memory
+            assert assembled(ptx, architecture).startswith(b"\x7fELF")
     assert divisions > 20
-    assert assembled(ptx, architecture).startswith(b"\x7fELF")
 
 
 def test_fused_products_would_be_seen() -> None:
