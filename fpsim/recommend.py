@@ -36,6 +36,7 @@ LIMIT = "#b91c1c"
 ALLOWED: dict[str, Any] = {"color": "#fde68a", "alpha": 0.35, "linewidth": 0, "zorder": 0}
 PAPER = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.0}
 APART = 26  # dots between the names of points
+MANY = 200  # points, from which on those that are beaten are drawn fainter
 ROOM_FOR_NAMES = 3.5  # how many times fewer bits than the fewest the axis begins at
 AXES = {"rms": "error ||y - x|| / ||x||", "relative": "mean relative error of rounding a nonzero"}
 HEIGHT_INCHES = 6.2
@@ -120,8 +121,9 @@ def save_plot(found: accel.Recommendation, path: Path) -> None:
 
 def _draw_points(axes: Axes, found: accel.Recommendation) -> None:
     front, markers = found.pareto, _markers(found)
+    faint = 0.3 if len(found.points) > MANY else 0.7
     for (way, codec), group in _groups(found.points).items():
-        axes.scatter(*_places(found, group), s=13, marker=markers[codec], color=WAYS[way][1], alpha=0.3, linewidths=0)
+        axes.scatter(*_places(found, group), s=13, marker=markers[codec], color=WAYS[way][1], alpha=faint, linewidths=0)
     axes.step(*_places(found, front), where="post", color="black", linewidth=1.1, zorder=3)
     for (way, codec), group in _groups(front).items():
         axes.scatter(
