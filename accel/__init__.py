@@ -34,6 +34,7 @@ from accel.operations import (
 )
 from accel.presets import format, formats
 from accel.random import stream_id
+from accel.recommendation import Point, Recommendation, recommend
 
 __all__ = [
     "CODECS",
@@ -46,6 +47,8 @@ __all__ = [
     "Format",
     "Ledger",
     "Packed",
+    "Point",
+    "Recommendation",
     "count_blocks",
     "count_codes",
     "decode",
@@ -61,6 +64,7 @@ __all__ = [
     "prune_quantize",
     "quantize",
     "quantize_encode",
+    "recommend",
     "stream_id",
     "unpack",
     "unpack_slice",

@@ -180,6 +180,44 @@ def inspect(
 
 
 @app.command()
+def recommend(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A .npy or a .safetensors file.")] = None,
+    lognormal: Annotated[
+        str | None, typer.Option(metavar="MU,SIGMA", help="Instead of FILE: the fit of ln|x|, natural logarithm.")
+    ] = None,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Which one of a .safetensors file.")] = None,
+    budget_bits: Annotated[float | None, typer.Option(help="Most bits an element.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Largest error.")] = None,
+    error: Annotated[str, typer.Option(help="rms: ||y - x|| / ||x||; relative: mean error of rounding alone.")] = "rms",
+    sparsity: Annotated[list[float] | None, typer.Option(help="A share of zeros to try; may be repeated.")] = None,
+    fmt: Annotated[list[str] | None, typer.Option("--format", help="A format to try; may be repeated.")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="A codec to try; may be repeated.")] = None,
+    alphas: Annotated[
+        list[str] | None, typer.Option(help="snap, reserved, streams; rounded to compare; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the pruning.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf to write: bits against error.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="A file to write with every point.")] = None,
+) -> None:
+    """Advise sparsity, format, codec and the way to keep +-alpha together, from what each combination really costs."""
+    from fpsim import recommend as verb
+
+    verb.check_outputs(plot, as_json)
+    given = {"sparsities": sparsity, "formats": fmt, "codecs": codec, "alphas": alphas}
+    found = verb.recommend(
+        verb.source_of(file, tensor, lognormal), budget_bits=budget_bits, max_error=max_error, error=error, seed=seed,
+        **{name: value for name, value in given.items() if value},
+    )  # fmt: skip
+    verb.show(found)
+    if as_json is not None:
+        from fpsim.files import write_json
+
+        write_json(as_json, verb.to_data(found))
+    if plot is not None:
+        verb.save_plot(found, plot)
+
+
+@app.command()
 def bench(
     full: Annotated[bool, typer.Option("--full", help="Every row, other libraries and first calls: an hour.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the figures, as JSON.")] = Path("bench"),

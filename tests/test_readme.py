@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 
 def test_the_readme_has_commands_and_code() -> None:
     assert len(commands()) >= 5
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -13,26 +13,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from accel.threshold import threshold_of
 from fpsim.lognormal import fit, magnitudes, required_sparsity, threshold
 
 
 def empirical(sample: ArrayLike, sparsity: float) -> float:
     """The exact solution alpha of mean(max(0, 1 - |x| / alpha)) = sparsity over the sample, zeros included.
 
-    0.0 when the sample is already that sparse. Between two neighbouring magnitudes the equation reads
-    k - P / alpha = n sparsity, with k elements <= alpha that sum to P, so one sort and one prefix sum solve it.
+    0.0 when the sample is already that sparse.
     """
-    ordered = np.sort(magnitudes(sample))
-    nonzeros = ordered[ordered > 0]
-    zeros = ordered.size - nonzeros.size
-    if required_sparsity(sparsity, zeros / ordered.size) == 0:
+    values = magnitudes(sample)
+    if required_sparsity(sparsity, float(np.mean(values == 0))) == 0:
         return 0.0
-    wanted_zeros = ordered.size * sparsity
-    counts = zeros + np.arange(1, nonzeros.size + 1)
-    sums = np.cumsum(nonzeros)
-    zeros_at_magnitude = counts - sums / nonzeros
-    last = np.searchsorted(zeros_at_magnitude, wanted_zeros, side="right") - 1
-    return float(sums[last] / (counts[last] - wanted_zeros))
+    return threshold_of(values, sparsity)
 
 
 def lognormal(sample: ArrayLike, sparsity: float) -> float:
