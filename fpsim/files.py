@@ -10,8 +10,13 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` in one step, replacing what was there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     os.replace(temporary, path)
 
 

@@ -12,16 +12,15 @@ import lz4.frame
 import numpy as np
 import torch
 import zstandard
-from safetensors import SafetensorError, safe_open
 
 import accel
 from fpsim.console import plain_console, print_table
 from fpsim.errors import ConfigError, FpsimError, Problem
+from fpsim.tensor_file import all_tensors, wrong_file
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ALPHA_SHARE = 0.05  # of the nonzeros that have one of the smallest magnitudes, from which on it is taken for alpha
 NEAR_SMALLEST = 1.5  # times the smallest magnitude
-MAGIC = {b"FPSM": "packed", b"\x93NUM": "npy"}
+PACKED_MAGIC = b"FPSM"
 ZSTD_LEVEL = 3
 BAR = 40  # characters
 
@@ -71,13 +70,12 @@ def pages(path: Path, fmt: str, alpha: float | None) -> Iterator[Page]:
     fmt: the format in which codes are taken; a packed stream has its own. alpha: None looks for it: the most frequent
     of the smallest magnitudes, where many nonzeros have it. Raises ConfigError for a file or option that is wrong.
     """
-    kind = _kind(path)
-    if kind == "packed":
+    if _is_packed(path):
         try:
             packed = accel.Packed.from_bytes(path.read_bytes())
             values = accel.unpack(packed)
         except accel.CodecError as error:
-            raise _wrong(path, str(error)) from None
+            raise wrong_file(path, str(error)) from None
         header = packed.header
         found = float(header.alpha) or None
         yield _page(path.name, values, header.fmt, float(header.scale), found if alpha is None else alpha)
@@ -88,8 +86,8 @@ def pages(path: Path, fmt: str, alpha: float | None) -> Iterator[Page]:
         raise ConfigError([Problem("--format", str(error))]) from None
     if isinstance(target, accel.BlockFormat):
         raise ConfigError([Problem("--format", f"must be a scalar format (got the block format {fmt!r})")])
-    for name, values in _arrays(path, kind):
-        yield _page(name, values, target, None, alpha)
+    for name, values in all_tensors(path):
+        yield _page(name, values.float(), target, None, alpha)
 
 
 def show(page: Page) -> None:
@@ -146,36 +144,11 @@ def _show_octaves(page: Page, numel: int) -> None:
     plain_console().print()
 
 
-def _kind(path: Path) -> str:
+def _is_packed(path: Path) -> bool:
     if not path.is_file():
-        raise _wrong(path, "no such file")
+        raise wrong_file(path, "no such file")
     with path.open("rb") as file:
-        start = file.read(4)
-    kind = MAGIC.get(start, "safetensors" if path.suffix == ".safetensors" else "")
-    if not kind:
-        raise _wrong(path, "must be a .npy, a .safetensors or a packed stream")
-    return kind
-
-
-def _arrays(path: Path, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if kind == "npy":
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise _wrong(path, str(error)) from None
-        if values.dtype not in (np.float32, np.float16):
-            raise _wrong(path, f"values must be float32 or float16 (got {values.dtype})")
-        yield path.name, torch.from_numpy(np.ascontiguousarray(values)).float().reshape(values.shape)
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if file.get_slice(name).get_dtype() in ("F32", "F16", "BF16")]  # noqa: SIM118
-            if not names:
-                raise _wrong(path, "holds no tensor of float32, bfloat16 or float16")
-            for name in names:
-                yield name, file.get_tensor(name).float()
-    except SafetensorError as error:
-        raise _wrong(path, str(error)) from None
+        return file.read(len(PACKED_MAGIC)) == PACKED_MAGIC
 
 
 def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, alpha: float | None) -> Page:
@@ -231,7 +204,3 @@ def _likely_alpha(x: torch.Tensor) -> float | None:
     values, counts = np.unique(magnitudes[magnitudes <= NEAR_SMALLEST * magnitudes.min()], return_counts=True)
     most = int(counts.argmax())
     return float(values[most]) if counts[most] >= ALPHA_SHARE * magnitudes.size else None
-
-
-def _wrong(path: Path, message: str) -> ConfigError:
-    return ConfigError([Problem("", message, str(path))])

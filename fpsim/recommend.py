@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 import accel
 from fpsim.console import plain_console, print_table
 from fpsim.errors import ConfigError, Problem
+from fpsim.files import write_bytes
 from fpsim.lognormal import Fit
 from fpsim.report.plots import COLORS, STYLE, WIDTH_INCHES
 from fpsim.tensor_file import load_tensor
@@ -114,9 +115,9 @@ def save_plot(found: accel.Recommendation, path: Path) -> None:
         _draw_limits(axes, found)
         _draw_names(axes, found)
         _draw_legends(figure, found)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
-    os.replace(temporary, path)
+        picture = io.BytesIO()
+        figure.savefig(picture, format=path.suffix[1:], dpi=150)
+    write_bytes(path, picture.getvalue())
 
 
 def _draw_points(axes: Axes, found: accel.Recommendation) -> None:

@@ -109,11 +109,11 @@ def test_the_page_and_its_json(
     ("name", "content", "options", "message"),
     [
         ("none.npy", None, [], "none.npy: no such file"),
-        ("x.txt", b"hello, world", [], "must be a .npy, a .safetensors or a packed stream"),
+        ("x.txt", b"hello, world", [], "is neither a .npy nor a .safetensors file"),
         ("x.npy", b"\x93NUMPY", [], "x.npy: "),
         ("x.safetensors", b"hello, world", [], "x.safetensors: "),
         ("x.fpsm", b"FPSM" + zlib.compress(bytes(100)), [], "the stream"),
-        ("ints", "ints", [], "values must be float32 or float16 (got int64)"),
+        ("ints", "ints", [], "values must be float64, float32 or float16 (got int64)"),
         ("floats", "floats", ["--format", "e4m3fm"], "--format: unknown format 'e4m3fm' (did you mean 'e4m3fn'?)"),
         ("floats", "floats", ["--format", "mxfp4"], "--format: must be a scalar format (got the block format 'mxfp4')"),
     ],

@@ -120,7 +120,7 @@ def test_the_data_are_plain(tmp_path: Path) -> None:
         (["--lognormal", "0"], "--lognormal: must be two numbers, MU,SIGMA (got '0')"),
         (["--lognormal", "0,-2"], "sigma that is finite and >= 0"),
         (["--lognormal", "0,2", "--tensor", "a"], "--tensor: names a tensor of a FILE"),
-        (["FILE", "--tensor", "a"], "--tensor: is for .safetensors files"),
+        (["FILE", "--tensor", "a"], "--tensor: dY.npy has no tensor 'a' of floats; it has dY.npy"),
         (["FILE", "--budget-bits", "-1"], "budget_bits must be a positive finite number"),
         (["FILE", "--max-error", "nan"], "max_error must be a positive finite number"),
         (["FILE", "--error", "mse"], "unknown error 'mse'"),
@@ -152,7 +152,7 @@ def test_mistakes(
     ("name", "content", "message"),
     [
         ("x.npy", b"\x93NUMPY", "x.npy: "),
-        ("x.npy", b"hello, world", "must be a .npy or a .safetensors file"),
+        ("x.npy", b"hello, world", "is neither a .npy nor a .safetensors file"),
         ("x.safetensors", b"hello, world", "x.safetensors: "),
         ("ints.npy", None, "values must be float64, float32 or float16 (got int64)"),
     ],
