@@ -89,7 +89,7 @@ def test_a_tensor_among_several(
     _, err, code = run(capsys, monkeypatch, path)
     assert (code, err) == (2, "--tensor: m.safetensors holds several, name one: a, b\n")
     _, err, code = run(capsys, monkeypatch, path, "--tensor", "steps")
-    assert (code, err) == (2, "--tensor: m.safetensors has no 'steps' of floats: a, b\n")
+    assert (code, err) == (2, "--tensor: m.safetensors has no tensor 'steps' of floats; it has a, b\n")
 
 
 def test_the_plot_shows_what_it_is_about(tmp_path: Path) -> None:
