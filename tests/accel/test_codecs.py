@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import struct
+from pathlib import Path
 
 import ml_dtypes
 import numba
@@ -694,6 +696,22 @@ def test_checked_bits_per_element() -> None:
     assert footprint(x, codec="alpha", fmt="e4m3fn", alpha=float(alpha), scale=scale).bits_per_element < 1.68
 
 
+@pytest.mark.parametrize(
+    ("density", "bits"),
+    [
+        (0.15, {"bitmask": 2.20, "csr": 2.72, "rle(4)": 1.95, "coo": 3.00}),
+        (0.05, {"bitmask": 1.40, "csr": 0.91, "rle(6)": 0.72, "coo": 1.00}),
+        (0.5, {"bitmask": 4.99, "csr": 9.00, "rle(2)": 5.32, "coo": 10.0}),
+    ],
+)
+def test_checked_bits_of_independent_masks(density: float, bits: dict[str, float]) -> None:
+    rng = np.random.default_rng(3)
+    x = np.where(rng.random((512, 1024)) < density, np.float32(1), np.float32(0))
+    for codec, expected in bits.items():
+        parts = pack(x, codec).bits_by_part
+        assert (parts["metadata"] + parts["payload"]) / x.size == pytest.approx(expected, abs=0.02)
+
+
 # --- bad input ---
 
 
@@ -789,6 +807,32 @@ def test_wrong_streams_say_what_is_wrong(sample: FLOAT) -> None:
             unpack(Packed.from_bytes(mutant))
     with pytest.raises(CodecError, match="must be bytes"):
         Packed.from_bytes(10**12)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("codec", CODECS)
+def test_memory_of_a_forged_stream(codec: str) -> None:
+    """At most twice the tensor and the stream that it declares, and 4 MiB."""
+    x = np.tile(with_groups(draw_values(format("e4m3fn"), 1024, density=0.5, seed=4), 2, 4), (2048, 1))
+    stream = pack(x, codec, alpha=1.0).to_bytes()
+    unpack(Packed.from_bytes(stream))
+    rng, first = np.random.default_rng(5), len(stream) - 4 * 512 - 4096
+    for trial in range(6):
+        mutant = bytearray(stream)
+        if trial:
+            place = int(rng.integers(first, len(stream) - 8))
+            mutant[place : place + 8] = rng.bytes(8)
+        forged = resigned(mutant)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+        before = status_bytes("VmRSS")
+        with contextlib.suppress(CodecError):
+            unpack(Packed.from_bytes(forged))
+        assert status_bytes("VmHWM") - before <= 2 * (4 * x.size + len(stream)) + (4 << 20), trial
+
+
+def status_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
 
 
 def test_a_small_stream_cannot_ask_for_much_memory() -> None:
