@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,22 @@ ALPHA_SHARE = 0.05  # of the nonzeros that have one of the smallest magnitudes, 
 NEAR_SMALLEST = 1.5  # times the smallest magnitude
 PACKED_MAGIC = b"FPSM"
 ZSTD_LEVEL = 3
+BURSTS = (32, 64)  # bytes
 BAR = 40  # characters
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bits of the whole tensor under one codec, by part; None and a reason where the codec cannot hold it."""
+    """Bits of the whole tensor under one codec, by part; None and a reason where the codec cannot hold it.
+
+    closed_form_bits: expected from the counts of zeros and +-alphas alone. burst_bits: what memory moves when each
+    block is fetched alone, for each of BURSTS.
+    """
 
     codec: str
     bits_by_part: dict[str, float] | None
+    closed_form_bits: float | None = None
+    burst_bits: dict[int, int] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -107,12 +114,15 @@ def show(page: Page) -> None:
     rows = []
     for size in sorted(page.sizes, key=lambda size: size.nbits):
         parts = size.bits_by_part
-        if parts is None:
-            rows.append([size.codec, "-", "-", "-", "-", "-", "cannot hold it"])
+        if parts is None or size.closed_form_bits is None:
+            rows.append([size.codec, *["-"] * (6 + len(BURSTS)), "cannot hold it"])
             continue
-        shares = [f"{parts[part] / per_element:.4f}" for part in ("header", "offsets", "metadata", "payload")]
-        rows.append([size.codec, f"{size.nbits / per_element:.4f}", *shares, "best" if size is page.best else ""])
-    print_table(["codec", "bits an element", "header", "offsets", "metadata", "payload", ""], rows)
+        bits = [size.nbits, *parts.values(), size.closed_form_bits, *size.burst_bits.values()]
+        cells = [f"{number / per_element:.4f}" for number in bits]
+        rows.append([size.codec, *cells, "best" if size is page.best else ""])
+    bursts = [f"{size} B bursts" for size in BURSTS]
+    columns = ["codec", "bits an element", "header", "offsets", "metadata", "payload", "closed form", *bursts, ""]
+    print_table(columns, rows)
     for size in page.sizes:
         if size.reason:
             console.print(size.reason)
@@ -122,8 +132,8 @@ def show(page: Page) -> None:
         "order-0 entropy": page.order0_entropy_bits,
         **{f"{name} of the dense codes": bits for name, bits in page.compressed_bits.items()},
     }
-    cells = [[name, "-" if bits is None else f"{bits / per_element:.4f}"] for name, bits in limits.items()]
-    print_table(["to hold it against", "bits an element"], cells)
+    held = [[name, "-" if bits is None else f"{bits / per_element:.4f}"] for name, bits in limits.items()]
+    print_table(["to hold it against", "bits an element"], held)
     console.print()
 
 
@@ -161,14 +171,16 @@ def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, al
     error = float((tagged.double() - x.double()).norm()) / norm if 0 < norm < math.inf else 0.0
     sizes = []
     for codec in accel.CODECS.values():
+        values, tag = (tagged, alpha) if codec.tags_alpha else (plain, None)
         try:
-            if codec.tags_alpha:
-                packed = accel.pack(tagged, codec.name, fmt, scale=scale, alpha=alpha)
-            else:
-                packed = accel.pack(plain, codec.name, fmt, scale=scale)
-            sizes.append(Size(codec.name, packed.bits_by_part))
+            packed = accel.pack(values, codec.name, fmt, scale=scale, alpha=tag)
         except accel.CodecError as reason:
-            sizes.append(Size(codec.name, None, str(reason)))
+            sizes.append(Size(codec.name, None, reason=str(reason)))
+            continue
+        total = accel.count_blocks(values, tag).total
+        expected = accel.footprint(total, codec=codec.name, fmt=fmt, shape=tuple(x.shape)).nbits
+        bursts = {size: 8 * packed.fetched_bytes(size) for size in BURSTS}
+        sizes.append(Size(codec.name, packed.bits_by_part, expected, bursts))
     if all(size.bits_by_part is None for size in sizes):
         raise FpsimError(f"{name}: no codec can hold it: {sizes[0].reason}")
     limits = accel.footprint(tagged, codec="alpha", fmt=fmt, alpha=alpha, scale=scale)

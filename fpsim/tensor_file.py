@@ -21,10 +21,13 @@ def load_tensor(path: Path, name: str | None = None) -> torch.Tensor:
     Raises ConfigError, naming the file or the option, for what is not there or does not hold floats.
     """
     names = tensor_names(path)
+    message = ""
     if name is None and len(names) > 1:
-        raise ConfigError([Problem("--tensor", f"{path.name} holds several, name one: {', '.join(names)}")])
+        message = f"{path.name} holds several, name one: {', '.join(names)}"
     if name is not None and name not in names:
-        raise ConfigError([Problem("--tensor", f"{path.name} has no tensor {name!r} of floats; it has {', '.join(names)}")])
+        message = f"{path.name} has no tensor {name!r} of floats; it has {', '.join(names)}"
+    if message:
+        raise ConfigError([Problem("--tensor", message)])
     return _read(path, name or names[0])
 
 

@@ -53,6 +53,9 @@ def test_a_packed_stream(tmp_path: Path) -> None:
     assert sizes["bitmask"].bits_by_part is not None
     assert sizes["bitmask"].bits_by_part["payload"] == stream.bits_by_part["payload"]
     assert "more than 2 nonzeros" in sizes["nm(2:4)"].reason
+    packed = accel.pack(x, "alpha", "e4m3fn", scale=SCALE, alpha=ALPHA)
+    assert sizes["alpha"].burst_bits == {size: 8 * packed.fetched_bytes(size) for size in (32, 64)}
+    assert sizes["alpha"].closed_form_bits == pytest.approx(packed.nbits, rel=0.01)
     assert page.best.nbits == min(size.nbits for size in page.sizes)
     counted = accel.footprint(x, codec="alpha", fmt="e4m3fn", scale=SCALE, alpha=ALPHA)
     assert (page.tag_entropy_bits, page.order0_entropy_bits) == (counted.tag_entropy_bits, counted.order0_entropy_bits)
