@@ -57,7 +57,6 @@ class Kept:
 class _Grid:
     """Where the values of a layer's rounded input lie, and the geometry of the whole input."""
 
-    version: int
     shape: torch.Size
     strides: tuple[int, ...]
     fmt: accel.Format
@@ -168,7 +167,7 @@ class SavedTensors:
         if isinstance(fmt, accel.BlockFormat):  # an element times a power of two, where that is what the scales are
             bits = fmt.element.mantissa_bits
             fmt = accel.Format(f"e8m{bits}", 8, bits, 127, "ieee")
-        self._grids[StorageWeakRef(x.untyped_storage())] = _Grid(x._version, x.shape, x.stride(), fmt, scale)
+        self._grids[StorageWeakRef(x.untyped_storage())] = _Grid(x.shape, x.stride(), fmt, scale)
 
     def stored(self, x: Tensor) -> Stored:
         """x in the ledger's terms, as it is kept if an operation saves it now."""
@@ -186,10 +185,8 @@ class SavedTensors:
             self._count_plain(x)
             return _Left(x.detach(), x._version)
         whole, grid = x.detach(), self._grids.get(StorageWeakRef(x.untyped_storage()))
-        if grid is not None and grid.version == x._version:
+        if grid is not None:
             whole = whole.as_strided(grid.shape, grid.strides, 0)
-        else:
-            grid = None
         packing = self._packing(whole, x.requires_grad, grid)
         return _View(packing, x.shape, x.stride(), int(x.storage_offset() - whole.storage_offset()))
 
@@ -198,7 +195,8 @@ class SavedTensors:
             type(x) is Tensor
             and x.dtype == torch.float32
             and x.layout == torch.strided
-            and SMALLEST <= x.numel() <= min(LARGEST, x.untyped_storage().nbytes() // x.itemsize)
+            and SMALLEST <= x.numel() <= LARGEST
+            and not _shares_memory(x)
             and not x.is_neg()
             and StorageWeakRef(x.untyped_storage()) not in self._alive
         )
@@ -217,7 +215,8 @@ class SavedTensors:
         return packing
 
     def _on_grid(self, x: Tensor, grid: _Grid) -> _Packing | None:
-        """x in the format that it was rounded into; None where it cannot be, as after a block format's other scales."""
+        """x in the format that it was rounded into, which is checked; None where it is not in that, as a layer may have
+        modified it and a block format's scales may be no powers of two."""
         fmt, scale = grid.fmt, grid.scale
         try:
             if not isinstance(scale, Tensor):
@@ -256,6 +255,12 @@ class SavedTensors:
         kept.tensors += 1
         kept.plain_bytes += x.numel() * x.itemsize
         kept.kept_bytes += nbytes
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether elements of x lie in one place: along a dimension, or because more are there than places."""
+    places = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return places < x.numel() or any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _key(x: Tensor) -> Key:
