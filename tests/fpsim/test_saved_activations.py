@@ -168,6 +168,12 @@ def test_what_is_saved_twice_is_packed_once_and_by_version() -> None:
     assert kept["float32"].tensors == 2  # h, h * h
     assert kept["float32"].plain_bytes == 2 * 4 * 128 * 64
 
+    def transposed(net: nn.Module, h: Tensor) -> Tensor:
+        return h * net.gain + h.t() * net.gain
+
+    kept = assert_exact(lambda: Net(transposed), {}, shape=(64, 64)).saved_activations
+    assert kept["float32"].tensors == 2  # of the same storage and shape
+
     def modified(net: nn.Module, h: Tensor) -> Tensor:
         product = h * net.gain  # saves h
         h.mul_(2)
@@ -343,6 +349,16 @@ def test_parameters_buffers_inputs_and_rounded_weights_are_left() -> None:
         model(x, {"y": y}).sum().backward()
         assert handle.saved_activations == {}
         assert streams() == 0
+
+
+def test_an_input_of_an_earlier_pass_is_a_tensor_like_any_other() -> None:
+    model = Net(lambda net, h: (h + net.gain) * earlier)
+    handle = emulate(model, EXACT)
+    earlier = torch.randn(128, 64)
+    model(earlier).sum().backward()
+    assert handle.saved_activations == {}
+    model(torch.randn(128, 64)).sum().backward()
+    assert handle.saved_activations["float32"].tensors == 1
 
 
 def test_other_types_and_small_tensors_are_left() -> None:
@@ -564,17 +580,34 @@ def test_a_forward_pass_inside_a_forward_pass(without_grad: bool) -> None:
         if depth:
             return h.exp()
         depth.append(1)
+        first = h.sin().cos()  # saves h and sin(h)
         with torch.set_grad_enabled(not without_grad):
-            inner = net(h.sin())
+            inner = net(h.sigmoid())  # saves with gradients the sigmoid and the exponential
         depth.pop()
-        return h.cos() * inner
+        return first * inner  # saves both
 
     plain, _ = gradients(lambda: Net(then), {})
     packed, handle = gradients(lambda: Net(then), EXACT)
     assert_same_bits(plain, packed)
-    # h and what the inner pass returns; with gradients also cos(h) and the input of the inner pass's layer
-    assert handle.saved_activations["float32"].tensors == (2 if without_grad else 4)
+    assert handle.saved_activations["float32"].tensors == (4 if without_grad else 5)
     assert_nothing_is_packed_here()
+
+
+def test_a_pass_leaves_no_weak_references_behind() -> None:
+    """They keep a storage's own memory, though not what it held."""
+
+    def references() -> int:
+        return sum(type(thing) is StorageWeakRef for thing in gc.get_objects())
+
+    model = Net(lambda net, h: h.exp())
+    emulate(model, {"weights": {"format": "e4m3fn"}, "activations": {"format": "e4m3fn"}, **EXACT})
+    before, y = references(), model(torch.randn(128, 64))
+    y.sum().backward()
+    assert references() == before
+    model.register_forward_pre_hook(lambda *_: during.append(references()))
+    during: list[int] = []
+    model(torch.randn(128, 64))
+    assert during[0] > before
 
 
 def test_the_model_is_collected_with_its_handle() -> None:
