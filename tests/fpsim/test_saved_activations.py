@@ -317,7 +317,8 @@ def test_the_input_of_a_layer_is_packed_in_the_layers_own_format(
     assert handle.saved_activations[kind].tensors == 1
 
 
-def test_a_rounded_input_that_the_layer_modifies_is_no_longer_on_its_grid() -> None:
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_rounded_input_that_the_layer_modifies_is_no_longer_on_its_grid(granularity: str) -> None:
     class Shifts(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.detach().add_(0.3))
@@ -325,7 +326,8 @@ def test_a_rounded_input_that_the_layer_modifies_is_no_longer_on_its_grid() -> N
     def make() -> nn.Module:
         return nn.Sequential(nn.ReLU(), Shifts(64, 32))
 
-    handle = assert_exact(make, {"activations": {"format": "e4m3fn"}})
+    activations = {"format": "e4m3fn", "scale": "amax", "granularity": granularity}
+    handle = assert_exact(make, {"activations": activations})
     assert set(handle.saved_activations) == {"float32"}
 
 
@@ -497,6 +499,20 @@ def test_float32_activations_are_freed_in_forward_and_streams_in_backward() -> N
         assert streams() > 50
         del loss  # a graph that is dropped without backward
         assert streams() == 0
+    finally:
+        gc.enable()
+
+
+def test_an_output_that_is_left_does_not_hold_its_own_graph() -> None:
+    model = Net(lambda net, h: h[:2].exp())
+    emulate(model, EXACT)
+    gc.disable()
+    try:
+        y = model(torch.randn(128, 64))
+        storage = StorageWeakRef(y.untyped_storage())
+        assert not storage.expired()
+        del y
+        assert storage.expired()
     finally:
         gc.enable()
 
