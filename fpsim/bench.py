@@ -14,6 +14,7 @@ SCRIPTS = {
     "elementwise": (["--quick"], ["--cold"]),
     "packing": (["--quick"], []),
     "training_step": (["--quick"], []),
+    "saved_activations": (["--quick"], []),
     "gpu": ([], []),
 }
 NO_DEVICE = 2  # exit code of gpu.py

@@ -6,7 +6,8 @@ Every matrix layer (see `fpsim.layers`) gets three hooks, and nothing else of th
     after forward    W is put back, and the gradient dY that arrives at its output is pruned and rounded
     so that          forward uses X and W, dgrad uses dY and W, wgrad uses dY and X, all as the hardware holds them
 
-Rounding is straight-through: gradients pass it unchanged.
+Rounding is straight-through: gradients pass it unchanged. The hooks on the model itself begin and end a forward pass:
+while it runs, `saved_activations` packs what autograd saves (see `fpsim.saved`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import accel
 from accel.ledger import Ledger, Stored, stored_plain
@@ -43,6 +45,7 @@ from fpsim.layers import (
     unsupported_layers,
 )
 from fpsim.recorder import Recorder, Scale, stored_tensor
+from fpsim.saved import Kept, SavedTensors
 from fpsim.scales import largest_magnitude, sample, scale_of
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -107,14 +110,15 @@ class Emulator:
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)
         self._sampled = False
-        self._rounded_inputs: dict[tuple[int, TensorSpec, int], tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._rounded_inputs: dict[tuple[int, TensorSpec, int], tuple[weakref.ref[Tensor], int, Tensor, Scale]] = {}
         self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
         self._step_is_new = True
         self._recorder = Recorder(model, self.layers, optimizer)
+        self._saved = None if spec.saved_activations is None else SavedTensors(model, spec.saved_activations)
         self._handles = [
-            model.register_forward_pre_hook(self._begin_forward),
+            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             model.register_forward_hook(self._end_forward, always_call=True),
         ]
         for name, module in model.named_modules():
@@ -136,6 +140,11 @@ class Emulator:
     def statistics(self) -> list[dict[str, Any]]:
         """Asked and achieved sparsity of every pruned layer so far."""
         return [pruning.summary(name) for name, pruning in self.pruning.items()]
+
+    @property
+    def saved_activations(self) -> dict[str, Kept]:
+        """What the latest forward pass of training keeps for backward, by kind (see `fpsim.saved`); else empty."""
+        return {} if self._saved is None else dict(self._saved.kept)
 
     @property
     def sampling(self) -> bool:
@@ -164,6 +173,8 @@ class Emulator:
 
     def restart_step(self) -> None:
         """Have the current step's forward pass draw the same random words again."""
+        if self._saved is not None:
+            self._saved.close()
         self._occurrences.clear()
         self._rounded_inputs.clear()
 
@@ -177,6 +188,8 @@ class Emulator:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._saved is not None:
+            self._saved.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Step number, thresholds and statistics, as plain data (JSON). The ledger has its own `to_data`."""
@@ -271,18 +284,25 @@ class Emulator:
     def _norm_hook(self, name: str) -> Any:
         def before(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if self._recording:
-                self._recorder.normalisation(name, _input_of(arguments, named))
+                x = _input_of(arguments, named)
+                stored = stored_plain(x.numel()) if self._saved is None else self._saved.stored(x)
+                self._recorder.normalisation(name, x, stored)
 
         return before
 
-    def _begin_forward(self, model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _begin_forward(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._trains and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
             self._step_is_new = False
         if self._recording:
             self._recorder.begin_forward()
+        if self._saved is not None:
+            inputs = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
+            self._saved.begin_forward(inputs, self._trains)
 
     def _end_forward(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        if self._saved is not None:
+            self._saved.end_forward()
         self._recorder.end_forward(output)
         self._rounded_inputs.clear()
 
@@ -317,8 +337,10 @@ class Emulator:
         known = self._rounded_inputs.get(key)
         if known is None or known[0]() is not x or known[1] != x._version:
             forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
-            known = forget, x._version, self._round(x, spec.activations, stream, channel_dim, channel_dim)
+            known = forget, x._version, *self._round(x, spec.activations, stream, channel_dim, channel_dim)
             self._rounded_inputs[key] = known
+        if self._saved is not None:
+            self._saved.lies_on_grid(known[2], along(format_of(spec.activations), channel_dim), known[3])
         return _StraightThrough.apply(x, known[2]) if x.requires_grad else known[2]
 
     def _rounded_weight(
@@ -329,18 +351,20 @@ class Emulator:
             return weight
         known = self._rounded_weights.get(name)
         if known is None or known[:2] != (weight.data_ptr(), weight._version):
-            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
+            rounded, _ = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
             known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, rounded)
+        if self._saved is not None:
+            self._saved.leave(known[2])
         return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2]
 
-    def _round(self, x: Tensor, spec: TensorSpec, stream: str, scale_dim: int, block_dim: int) -> Tensor:
-        """x rounded; scales a channel go along scale_dim, the blocks of a block format along block_dim."""
+    def _round(self, x: Tensor, spec: TensorSpec, stream: str, scale_dim: int, block_dim: int) -> tuple[Tensor, Scale]:
+        """x rounded, and its scale; scales a channel go along scale_dim, blocks of a block format along block_dim."""
         fmt = along(format_of(spec), block_dim)
         dim = scale_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
             out = torch.empty_like(x)
-            return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream))
+            return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream)), scale
 
     def _scale(
         self,

@@ -7,7 +7,9 @@ What costs what is said in `accel.ledger`. Beyond that table:
 - the second operand of an addition, and every part of a concatenation, comes from memory once more, as the float32
   tensor that it is in the emulation; it is written for that unless a layer's input is stored as that very tensor. Its
   gradient likewise;
-- a weight is stored and written once a step, however often its layer runs; a float32 weight is the master copy itself.
+- a weight is stored and written once a step, however often its layer runs; a float32 weight is the master copy itself;
+- `saved_activations` says how a tensor is stored that is kept for backward alone: the input of a normalisation. A
+  layer's input X, which forward reads as well, is stored once, as the role `activations` of the layer says.
 """
 
 from __future__ import annotations
@@ -59,11 +61,11 @@ class Recorder:
             self.ledger.add(self.step, "(output)", "activation", "forward", stored_plain(output.numel()), writes=1)
         self._inputs.clear()
 
-    def normalisation(self, name: str, x: Tensor) -> None:
+    def normalisation(self, name: str, x: Tensor, stored: Stored) -> None:
         """A normalisation keeps its input x for backward."""
         add = partial(self.ledger.add, self.step, name, "norm_input", micro_batch=self.micro_batch)
-        add("forward", stored_plain(x.numel()), writes=1, resident=True)
-        add("dgrad", stored_plain(x.numel()), reads=int(x.requires_grad))
+        add("forward", stored, writes=1, resident=True)
+        add("dgrad", stored, reads=int(x.requires_grad))
 
     def layer(self, name: str, x: Tensor, x_stored: Stored, weight: nn.Parameter, w_stored: Stored) -> None:
         """A layer runs forward on x: X and W of all passes."""

@@ -519,6 +519,31 @@ class Override(Section):
         return {key: value for key, value in handler(self).items() if key in self.model_fields_set}
 
 
+class SavedActivations(Section):
+    """How the activations that autograd saves for backward are kept in this machine's memory: packed. The rounded input
+    of a layer is kept in the layer's own format, exactly."""
+
+    format: Format | None = None
+    """Scalar format that all others are rounded into, for backward alone, with scales of power_of_two; null: float32,
+    exactly."""
+    codec: Codec = "bitmask"
+    """Encoding: dense, bitmask, bitmask2, rle(BITS) or coo, which hold any tensor."""
+
+    @model_validator(mode="after")
+    def _holds_any_tensor(self) -> SavedActivations:
+        import accel
+
+        codec, fmt = accel.find_codec(self.codec), None if self.format is None else number_format(self.format)
+        if codec.tags_alpha or codec.rows != "ignored":
+            message = "must be dense, bitmask, bitmask2, rle(BITS) or coo, which hold any activation"
+            raise _error_at("codec", f"{message} (got {shown(self.codec)})")
+        if isinstance(fmt, accel.BlockFormat):
+            raise _error_at("format", f"must be a scalar format or null (got the block format {fmt.name!r})")
+        if fmt is not None and (fmt.alpha_codes or not fmt.signed):
+            raise _error_at("format", f"must be a signed format without alpha_codes, or null (got {fmt.name!r})")
+        return self
+
+
 class Ledger(Section):
     """How often storage and traffic are counted."""
 
@@ -542,6 +567,8 @@ class Emulation(Section):
     """Neural gradients (of the loss by a layer's output); null for float32."""
     overrides: list[Override] = []
     """Exceptions for some layers; later entries win."""
+    saved_activations: SavedActivations | None = None
+    """Packs the activations that autograd saves for backward; null: they stay float32 tensors."""
     ledger: Ledger = Ledger()
     """How often storage and traffic are counted."""
 
