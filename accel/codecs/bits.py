@@ -21,6 +21,7 @@ SEVEN = np.uint64(7)
 PAIRS_4, PAIRS_8, PAIRS_16 = np.uint64(0x000F000F000F000F), np.uint64(0x000000FF000000FF), np.uint64(0xFFFF)
 STEP_2, STEP_4, STEP_8 = np.uint64(6), np.uint64(12), np.uint64(24)
 PAIR = np.uint64(0x0303030303030303)
+WORD = np.uint64(32)
 
 
 @scalar
@@ -71,13 +72,17 @@ def put_fields(fields, count, bits, out, position):  # type: ignore[no-untyped-d
         for i in range(count):
             held |= (np.uint64(fields[i]) & mask) << np.uint64(used)
             used += bits
-            while used >= 8:
-                out[place] = np.uint8(held)
-                held >>= EIGHT
-                used -= 8
-                place += 1
-        if used > 0:
+            if used >= 32:
+                for k in range(4):  # which become one store
+                    out[place + k] = np.uint8(held >> np.uint64(8 * k))
+                held >>= WORD
+                used -= 32
+                place += 4
+        while used > 0:
             out[place] = np.uint8(held)
+            held >>= EIGHT
+            used -= 8
+            place += 1
     return position + length
 
 
@@ -140,6 +145,13 @@ def get_fields(data, position, end, count, bits, fields):  # type: ignore[no-unt
             mask = (ONE_64 << np.uint64(bits)) - ONE_64
             held, used, at = ZERO_64, 0, 0
             for i in range(count):
+                if used < bits and at + 4 <= source.size:
+                    word = ZERO_64
+                    for k in range(4):  # which become one load
+                        word |= np.uint64(source[at + k]) << np.uint64(8 * k)
+                    held |= word << np.uint64(used)
+                    at += 4
+                    used += 32
                 while used < bits:
                     held |= np.uint64(source[at]) << np.uint64(used)
                     at += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from accel import launch
 from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, Alpha, CodecError
-from accel.codecs.loops import packer, unpacker
+from accel.codecs.loops import PATTERNS, packer, unpacker
 from accel.formats import Format
 from accel.kernels import cpu
 from accel.kernels.cpu import run
@@ -21,6 +22,7 @@ from accel.rounding import Parameters, needs_wide, parameters
 
 NO_ALPHA = np.float32(0)
 NO_PATTERN = np.uint32(0xFFFFFFFF)  # of no magnitude
+FLOAT32 = Format("fp32", 8, 23, 127, "ieee")
 FAULTS = {
     TOO_SHORT: "is too short for its streams",
     TOO_LONG: "goes on after its streams",
@@ -141,8 +143,9 @@ def _unpack_here(
         data, offsets, middles, faults = _restored(data, offsets, cut, bounds)
         _check(faults, first, offsets)
     of_base = np.zeros(count, np.int64)
+    _, method, _ = as_codes(fmt, scale)
     run(
-        unpacker(cut.codec.read, cut.codec.is_masked), count, data, offsets, bounds, _room(cut), scale, alpha,
+        unpacker(cut.codec.read, cut.codec.is_masked, method), count, data, offsets, bounds, _room(cut), scale, alpha,
         bool(alpha > 0), marks.has_codes, marks.code, marks.sign,
         *cut.setting, values.numpy(), of_base, faults, *value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
@@ -195,8 +198,11 @@ def _gpu_loops(x: torch.Tensor, cut: Cut, fmt: Format) -> ModuleType | None:
 def as_codes(fmt: Format, scale: np.float32) -> tuple[np.floating, str, tuple[object, ...]]:
     """(scale, method, fields): the code of each value of scale * grid(fmt) is the method's code of x / scale.
 
-    In float32 where products are normal numbers and fewer bits than float32's tell them apart; else in float64.
+    PATTERNS where the code is the value's own pattern. In float32 where products are normal numbers and fewer bits than
+    float32's tell them apart; else in float64.
     """
+    if scale == 1 and replace(fmt, name=FLOAT32.name) == FLOAT32:
+        return scale, PATTERNS, parameters(fmt)
     is_plain = fmt.mantissa_bits <= 20 and fmt.min_subnormal * float(scale) >= 2.0**-126
     is_plain = is_plain and max(fmt.max, -fmt.min) * float(scale) < 2.0**127 and not needs_wide(fmt)
     dtype = torch.float32 if is_plain else torch.float64

@@ -11,11 +11,23 @@ import numpy as np
 from accel.codecs.bits import count_flags
 from accel.codecs.codec import ALPHA_UNKNOWN, FITS, TOO_LONG, VALUE, Setting, Work
 from accel.codecs.gather import compact, scatter
-from accel.codecs.symbols import NO_CODE, code_with_alpha, coded, decoded, is_misfit, tag_of, value_with_alpha
+from accel.codecs.symbols import (
+    NO_CODE,
+    code_with_alpha,
+    coded,
+    decoded,
+    is_misfit,
+    pattern_code,
+    pattern_decoded,
+    tag_of,
+    value_with_alpha,
+)
 from accel.kernels.cpu import AHEAD, GROUP, METHODS, VALUE_FIELDS, prefetch
 from accel.kernels.jit import Kernel, kernel, part, scalar
 from accel.rounding import Parameters
 from accel.words import bits_of
+
+PATTERNS = "patterns"  # the method by which float32 numbers are their own codes
 
 
 @scalar
@@ -155,17 +167,23 @@ def _unpack(  # type: ignore[no-untyped-def]
 
 @cache
 def packer(write: Any, method: str) -> Kernel:
-    """The loop that packs by a codec's `write`, for values that a method of rounding turns into codes."""
-    _, code, record, _ = METHODS[method]
-    code_of = part(coded, f"coded_{method}", transform=code)
-    symbols = part(_symbols, f"symbols_{method}", code_of=code_of)
+    """The loop that packs by a codec's `write`, for values that a method of rounding, or PATTERNS, turns into codes."""
+    code, record = (pattern_code, Parameters) if method == PATTERNS else METHODS[method][1:3]
+    names = {"code_of": part(coded, f"coded_{method}", transform=code), **_decoding(method)}
+    symbols = part(_symbols, f"symbols_{method}", **names)
     return kernel(_pack, f"pack_{_codec_of(write)}_{method}", write=write, symbols=symbols, PARAMETERS=record)
 
 
 @cache
-def unpacker(read: Any, is_masked: bool) -> Kernel:
-    """The loop that unpacks by a codec's `read`."""
-    return kernel(_unpack, f"unpack_{_codec_of(read)}", read=read, MASKED=is_masked)
+def unpacker(read: Any, is_masked: bool, method: str) -> Kernel:
+    """The loop that unpacks by a codec's `read` what a method has packed."""
+    decoding = _decoding(method)
+    suffix = f"_{PATTERNS}" if decoding else ""
+    return kernel(_unpack, f"unpack_{_codec_of(read)}{suffix}", read=read, MASKED=is_masked, **decoding)
+
+
+def _decoding(method: str) -> dict[str, Any]:
+    return {"decoded": pattern_decoded} if method == PATTERNS else {}
 
 
 def _codec_of(function: Any) -> str:

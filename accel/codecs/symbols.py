@@ -7,6 +7,7 @@ import numpy as np
 from accel.codecs.codec import NEGATIVE_ALPHA, POSITIVE_ALPHA, VALUE
 from accel.kernels.jit import scalar
 from accel.rounding import value_of
+from accel.words import bits_of, float_of
 
 MAGNITUDE, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 SIGN_SHIFT = np.uint32(31)
@@ -25,6 +26,18 @@ def coded(value, scale, p):  # type: ignore[no-untyped-def]
 def decoded(code, factor, v):  # type: ignore[no-untyped-def]
     """What a code stands for, times the scale."""
     return np.float32(np.float32(value_of(code, v)) * factor)
+
+
+@scalar
+def pattern_code(value, draw, p):  # type: ignore[no-untyped-def]
+    """The code of a float32 number in float32."""
+    return bits_of(value)
+
+
+@scalar
+def pattern_decoded(code, factor, v):  # type: ignore[no-untyped-def]
+    """The reverse; factor is 1."""
+    return float_of(np.uint32(code))
 
 
 @scalar

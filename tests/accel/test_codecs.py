@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import accel.codecs.coding as coding
 import accel.codecs.packed as packed_module
 from accel.codecs import (
     CODECS,
@@ -323,6 +324,17 @@ def test_wide_formats_round_trip(spec: str, scale: float) -> None:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         x = words.view(np.float32) * np.float32(scale)
     assert_same(unpack(pack(x, "bitmask", fmt, scale=scale)), x)
+
+
+@pytest.mark.parametrize("codec", EVERY_LOOP)
+def test_float32_numbers_are_their_own_codes(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(5).integers(0, 1 << 32, 10_000, dtype=np.uint32).view(np.float32)
+    x[::3], x[1::7] = 0.0, 1.5
+    x[:6] = [np.nan, -np.nan, np.inf, -np.inf, -0.0, 1e-45]
+    packed = pack(x, codec, "fp32", alpha=1.5)
+    assert_same(unpack(packed), x)
+    monkeypatch.setattr(coding, "FLOAT32", format("fp16"))  # so that codes are worked out as those of any other format
+    assert pack(x, codec, "fp32", alpha=1.5).to_bytes() == packed.to_bytes()
 
 
 @st.composite
