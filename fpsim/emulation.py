@@ -103,7 +103,7 @@ class Emulator:
         self.specs = layer_specs(model, spec)
         self.step_number = 0
         self.pruning = {
-            name: LayerPruning(layer.gradients.pruning)
+            name: LayerPruning(layer.gradients.pruning, _alpha_kept(layer.gradients))
             for name, layer in self.specs.items()
             if layer.gradients is not None and layer.gradients.pruning is not None
         }
@@ -405,9 +405,11 @@ class Emulator:
             else:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
-                alpha = float(np.float32(alpha)) if _keeps_alpha(role, fmt) else _snap(alpha, fmt, scale)
+                alpha = _snap(alpha, fmt, scale) if pruning.alpha_kept == "snap" else float(np.float32(alpha))
                 rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
                 self._count_sparsity(pruning, counts.total)
+                if call.micro_batch is not None:
+                    pruning.measure(dy, rounded)
         if call.micro_batch is not None and counts is not None:
             stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
@@ -458,9 +460,12 @@ def _rounding(spec: TensorSpec) -> dict[str, Any]:
     }
 
 
-def _keeps_alpha(spec: GradientSpec, fmt: accel.Format | accel.BlockFormat) -> bool:
-    """Whether +-alpha need not lie on the format's grid: the codec tags it, or the format has codes for it."""
-    return accel.find_codec(spec.codec).tags_alpha or (isinstance(fmt, accel.Format) and fmt.alpha_codes)
+def _alpha_kept(spec: GradientSpec) -> str:
+    """How +-alpha stays exact: by streams of the codec, by reserved codes of the format, or on its grid by a snap."""
+    fmt = format_of(spec)
+    if accel.find_codec(spec.codec).tags_alpha:
+        return "streams"
+    return "reserved" if isinstance(fmt, accel.Format) and fmt.alpha_codes else "snap"
 
 
 def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from accel import Counts
 from fpsim.config.schema import Pruning
@@ -40,6 +41,11 @@ class Tally:
     def std(self) -> float:
         return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0)) if self.count else math.nan
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, for values that are independent."""
+        return self.std / math.sqrt(self.count - 1) if self.count > 1 else math.nan
+
 
 @dataclass
 class LayerPruning:
@@ -47,9 +53,13 @@ class LayerPruning:
 
     Beside the rule that prunes, the lognormal rule is followed once an epoch, as Chmiel et al. do, and what it would
     achieve is measured on the same samples.
+
+    alpha_kept: how +-alpha stays exact (`snap`, `reserved`, `streams`; see `accel.recommend`). bias, cosine: of the
+    pruned and rounded gradient against the exact one, over the recorded steps.
     """
 
     spec: Pruning
+    alpha_kept: str = "snap"
     alpha: float = 0.0
     quantile_ratio: float = 0.0  # alpha over the S-quantile when alpha was renewed
     lognormal_alpha: float | None = None
@@ -58,6 +68,8 @@ class LayerPruning:
     achieved: Tally = field(default_factory=Tally)
     alpha_share: Tally = field(default_factory=Tally)
     lognormal_rule: Tally = field(default_factory=Tally)
+    bias: Tally = field(default_factory=Tally)
+    cosine: Tally = field(default_factory=Tally)
 
     def threshold(self, sample: np.ndarray, step: int) -> float:
         """alpha for a tensor of a step, given a sample of it (finite): renewed when that is due."""
@@ -91,8 +103,17 @@ class LayerPruning:
         if counts.nonzeros:
             self.alpha_share.add(counts.alphas / counts.nonzeros)
 
+    def measure(self, dy: Tensor, rounded: Tensor) -> None:
+        """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two; nothing if dy is 0."""
+        exact, kept = dy.double(), rounded.double()
+        total, norms = float(exact.abs().sum()), float(exact.norm() * kept.norm())
+        if total:
+            self.bias.add(float(kept.abs().sum()) / total - 1)
+            self.cosine.add(float((exact * kept).sum()) / norms if norms else 0.0)
+
     def summary(self, layer: str) -> dict[str, Any]:
-        """Asked and achieved sparsity, mean over every step, beside the lognormal rule's: plain data for reports."""
+        """Asked and achieved sparsity, mean over every step, beside the lognormal rule's; bias and cosine, over the
+        recorded ones: plain data for reports."""
         return {
             "layer": layer,
             "asked_sparsity": self.spec.sparsity,
@@ -100,12 +121,16 @@ class LayerPruning:
             "achieved_std": self.achieved.std,
             "lognormal_rule_sparsity": self.lognormal_rule.mean if self.lognormal_rule.count else None,
             "alpha_share_of_nonzeros": self.alpha_share.mean if self.alpha_share.count else None,
+            "alpha_kept": self.alpha_kept,
+            "bias": self.bias.mean if self.bias.count else None,
+            "bias_standard_error": self.bias.standard_error if self.bias.count > 1 else None,
+            "cosine": self.cosine.mean if self.cosine.count else None,
             "steps": self.achieved.count,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the specification, as plain data."""
-        return {key: value for key, value in asdict(self).items() if key != "spec"}
+        """Everything but what the specification says, as plain data."""
+        return {key: value for key, value in asdict(self).items() if key not in ("spec", "alpha_kept")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, value in state.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import TypeAdapter, ValidationError, with_config
 from pydantic_core import ErrorDetails, from_json
@@ -91,7 +91,10 @@ class EpochRecord(TypedDict):
 
 
 class PrunedGradient(TypedDict):
-    """One layer's pruned neural gradient, means over every step; the lognormal rule saw the same tensors."""
+    """One layer's pruned neural gradient, means over every step; the lognormal rule saw the same tensors.
+
+    bias, cosine: means over the recorded steps.
+    """
 
     layer: str
     asked_sparsity: float
@@ -99,6 +102,10 @@ class PrunedGradient(TypedDict):
     achieved_std: float
     lognormal_rule_sparsity: float | None
     alpha_share_of_nonzeros: float | None
+    alpha_kept: NotRequired[str]
+    bias: NotRequired[float | None]
+    bias_standard_error: NotRequired[float | None]
+    cosine: NotRequired[float | None]
     steps: int
 
 

@@ -88,6 +88,9 @@ def gradients_table(run: dict[str, Any]) -> Table:
             _mean_and_deviation(row["achieved_percent"], row["achieved_std_points"]),
             number(row["lognormal_percent"], 1),
             number(row["lognormal_miss_points"], 1, "+"),
+            row["alpha_kept"] or ABSENT,
+            _mean_and_error(row["bias_percent"], row["bias_error_points"]),
+            number(row["cosine"], 3),
             row["codec"] or ABSENT,
             number(row["bits_per_element"]),
             number(row["tag_entropy"]),
@@ -104,6 +107,9 @@ def gradients_table(run: dict[str, Any]) -> Table:
         number(sparsity["lognormal_percent"], 1),
         number(sparsity["lognormal_miss_points"], 1, "+"),
         "",
+        "",
+        "",
+        "",
         number(run["pruned_gradient_bits"]),
         number(run["pruned_tag_entropy"]),
         number(run["pruned_order0_entropy"]),
@@ -111,8 +117,9 @@ def gradients_table(run: dict[str, Any]) -> Table:
     )
     has_total = sparsity["asked_percent"] is not None
     header = (
-        "layer", "asked (%)", "achieved (%)", "lognormal rule (%)", "its miss (points)", "codec", "encoded (bits)",
-        "tag entropy (bits)", "order-0 entropy (bits)", *(f"{codec} (bits)" for codec in codecs),
+        "layer", "asked (%)", "achieved (%)", "lognormal rule (%)", "its miss (points)", "±alpha exact by",
+        "bias (%)", "cosine", "codec", "encoded (bits)", "tag entropy (bits)", "order-0 entropy (bits)",
+        *(f"{codec} (bits)" for codec in codecs),
     )  # fmt: skip
     return Table(
         title="Neural gradients by layer: sparsity (%) and bits per element",
@@ -190,6 +197,13 @@ def _accuracy_difference(run: dict[str, Any]) -> str:
 
 def _mean_and_deviation(mean: float | None, deviation: float | None) -> str:
     return ABSENT if mean is None else f"{number(mean, 1)} ± {number(deviation, 1)}"
+
+
+def _mean_and_error(mean: float | None, error: float | None) -> str:
+    """A mean and the standard error that it has, where more than one step was measured."""
+    if mean is None:
+        return ABSENT
+    return number(mean, 2, "+") + ("" if error is None else f" ± {number(error)}")
 
 
 def _ratio_card(title: str, sizes: dict[str, float | None]) -> Card:

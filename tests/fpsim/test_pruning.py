@@ -28,12 +28,12 @@ def gradient_spec(**changes: Any) -> dict[str, Any]:
     return {"format": "e5m2", "codec": "alpha", "pruning": {"sparsity": 0.8}, **changes}
 
 
-def attached(gradients: dict[str, Any], seed: int = 0) -> tuple[Emulator, Drive]:
+def attached(gradients: dict[str, Any], seed: int = 0, **others: Any) -> tuple[Emulator, Drive]:
     """An emulated layer "fc" of one input and one weight, 1, and a function that runs one step with a given dY and
     returns what became of it: with this weight, dX is the rounded dY."""
     model = nn.Sequential(OrderedDict(fc=nn.Linear(1, 1, bias=False)))
     nn.init.ones_(model.fc.weight)
-    handle = emulate(model, {"gradients": gradients}, seed=seed)
+    handle = emulate(model, {"gradients": gradients, **others}, seed=seed)
 
     def step(dy: Tensor) -> Tensor:
         x = torch.ones(dy.numel(), 1, requires_grad=True)
@@ -319,9 +319,45 @@ def test_a_summary_counts_what_was_recorded() -> None:
         "achieved_std": pytest.approx(math.sqrt((0.0625 + 0 + 0.0625) / 3)),
         "lognormal_rule_sparsity": 0.5,
         "alpha_share_of_nonzeros": 0.625,  # (3/4 + 1/2) / 2: a step without nonzeros has no share
+        "alpha_kept": "snap",
+        "bias": None,
+        "bias_standard_error": None,
+        "cosine": None,
         "steps": 3,
     }
     assert pruning.next_renewal == 16
+
+
+def test_bias_and_cosine_by_hand() -> None:
+    pruning = LayerPruning(Pruning(sparsity=0.5))
+    pruning.measure(torch.tensor([3.0, -4.0]), torch.tensor([6.0, 0.0]))  # 6/7 - 1, 18 / (5 * 6)
+    pruning.measure(torch.zeros(4), torch.zeros(4))  # which has neither
+    pruning.measure(torch.tensor([3.0, -4.0]), torch.tensor([3.0, -4.0]))
+    row = pruning.summary("a")
+    assert row["bias"] == pytest.approx(-1 / 14)
+    assert row["bias_standard_error"] == pytest.approx(1 / 14)
+    assert row["cosine"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"codec": "alpha"}, "streams"),
+        ({"codec": "alpha_tag"}, "streams"),
+        ({"codec": "bitmask"}, "snap"),
+        ({"codec": "bitmask", "format": {"exponent_bits": 5, "mantissa_bits": 2, "alpha_codes": True}}, "reserved"),
+    ],
+)
+def test_no_way_of_keeping_alpha_has_a_bias(changes: dict[str, Any], way: str) -> None:
+    """Beyond that of rounding survivors to nearest, and within five standard errors (seed 0, 40 steps)."""
+    handle, step = attached(gradient_spec(**changes), ledger={"every_steps": 1})
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        step(torch.empty(4000).log_normal_(0, 2, generator=rng) * (torch.randint(0, 2, (4000,), generator=rng) * 2 - 1))
+    (row,) = handle.statistics
+    assert row["alpha_kept"] == way
+    assert abs(row["bias"]) < 5 * row["bias_standard_error"] + 0.002
+    assert 0.5 < row["cosine"] < 1
 
 
 # --- gradients that are not finite --------------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def emulated_run() -> Any:
         entry |= {"test_accuracy_percent": accuracy, "gradient_sparsity": 0.8}
     run["gradients"] = [
         {"layer": layer, "asked_sparsity": 0.8, "achieved_sparsity": 0.8 + 0.001 * (index % 5), "achieved_std": 0.02,
-         "lognormal_rule_sparsity": 0.76 + 0.004 * index, "alpha_share_of_nonzeros": 0.6, "steps": 186}
+         "lognormal_rule_sparsity": 0.76 + 0.004 * index, "alpha_share_of_nonzeros": 0.6, "steps": 186,
+         "alpha_kept": "streams", "bias": 0.0012, "bias_standard_error": 0.0034, "cosine": 0.9}
         for index, layer in enumerate(pruned)
     ]  # fmt: skip
     run["ledger"]["tensors"] = [
@@ -354,7 +355,8 @@ def test_text_of_an_emulated_run_beside_its_baseline(write: Callable[..., Path])
     assert line_with(text, "traffic per step, bf16 / encoded")[-2:] == ["0.50", "1.60"]
     assert line_with(text, "optimizer state") == ["optimizer", "state", "2.500", "2.500", "1.250", "1.00", "0.50"]
     assert line_with(text, "layer1.0.conv2") == [
-        "layer1.0.conv2", "80.0", "80.1", "±", "2.0", "76.4", "-3.6", "alpha", "1.97", "1.40", "1.25", "8.00", "2.60",
+        "layer1.0.conv2", "80.0", "80.1", "±", "2.0", "76.4", "-3.6", "streams", "+0.12", "±", "0.34", "0.900", "alpha",
+        "1.97", "1.40", "1.25", "8.00", "2.60",
     ]  # fmt: skip
     assert "5 of 186" in text
     assert "\x1b" not in text
