@@ -188,9 +188,10 @@ class Emulator:
         self.restart_step()
 
     def restart_step(self) -> None:
-        """Have the current step's forward pass draw the same random words again."""
+        """Begin the current step anew: its forward pass draws the same random words again, and counts again."""
         if self._saved is not None:
             self._saved.close()
+        self._recorder.restart_step()
         self._samples.clear()
         self._occurrences.clear()
         self._rounded_inputs.clear()
@@ -205,6 +206,7 @@ class Emulator:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._recorder.close()
         if self._saved is not None:
             self._saved.close()
 
