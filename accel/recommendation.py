@@ -47,6 +47,7 @@ FORMATS = (
 )  # fmt: skip
 CODEC_NAMES = ("dense", "bitmask", "bitmask2", "rle", "coo", "csr", "alpha_tag", "alpha", "alpha_entropy")
 SAMPLE = 1 << 18  # elements that are drawn of a lognormal
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 DROPPED_BITS = 13  # of float32's mantissa, in the search for the scale
 
 
@@ -311,7 +312,7 @@ class _Pruned:
 
     def __init__(self, x: torch.Tensor, alpha: float, seed: int):
         flat = x.reshape(-1)
-        self.alpha = float(np.float32(alpha))
+        self.alpha = float(np.float32(min(alpha, FLOAT32_MAX)))
         result = prune(flat, self.alpha, seed=seed) if self.alpha else flat
         self.shape = x.shape
         is_nonzero = result != 0

@@ -52,7 +52,10 @@ Key = tuple[StorageWeakRef, int, int, torch.Size, tuple[int, ...], bool]
 
 @dataclass
 class Kept:
-    """What the latest forward pass keeps of one kind: tensors, their bytes as plain tensors and as they are kept."""
+    """What the latest forward pass keeps of one kind: tensors, their bytes as plain tensors and as they are kept.
+
+    Of `plain` tensors all bytes of their storages, which they keep alive.
+    """
 
     tensors: int = 0
     plain_bytes: int = 0
@@ -130,7 +133,8 @@ class SavedTensors:
         self._running: list[saved_tensors_hooks | None] = []
         self._alive: set[StorageWeakRef] = set()
         self._grids: dict[StorageWeakRef, _Grid] = {}
-        self._packings: dict[Key, _Packing | None] = {}  # None: counted as plain
+        self._packings: dict[Key, _Packing] = {}
+        self._plain: set[StorageWeakRef] = set()  # what is kept as it is, all of a storage
 
     @property
     def is_active(self) -> bool:
@@ -159,6 +163,7 @@ class SavedTensors:
             self._alive.clear()
             self._grids.clear()
             self._packings.clear()
+            self._plain.clear()
 
     def close(self) -> None:
         """End every forward pass: those that an interrupt has cut off did not."""
@@ -199,9 +204,7 @@ class SavedTensors:
             return _Left(x.detach(), x._version)
         if not self._is_packed(x):
             self._count_plain(x)
-            is_alone = x.layout != torch.strided or 2 * x.nbytes > x.untyped_storage().nbytes() or self._is_left(x)
-            kept = x.detach() if is_alone else x.detach().clone()  # a small part would keep the whole
-            return _Left(kept, kept._version)
+            return _Left(x.detach(), x._version)
         grid = self._grids.get(StorageWeakRef(x.untyped_storage()))
         whole = _whole(x) if grid is None else x.detach().as_strided(grid.shape, grid.strides, 0)
         packing = self._packing(whole, x.requires_grad, grid)
@@ -239,7 +242,7 @@ class SavedTensors:
                 or (self._rounded(x) if needs_gradient and grid is None else None)
                 or self._packed("float32", x, x, FLOAT32, None)
             )
-            self._count(packing.kind, x, packing.nbytes)
+            self._count(packing.kind, x.nbytes, packing.nbytes)
         return packing
 
     def _on_grid(self, x: Tensor, grid: _Grid) -> _Packing | None:
@@ -275,16 +278,16 @@ class SavedTensors:
 
     def _count_plain(self, x: Tensor) -> None:
         if x.layout == torch.strided and not self._is_left(x):
-            key = _key(x, False)
-            if key not in self._packings:
-                self._packings[key] = None
-                self._count("plain", x, min(x.nbytes, x.untyped_storage().nbytes()))
+            storage = x.untyped_storage()
+            if StorageWeakRef(storage) not in self._plain:
+                self._plain.add(StorageWeakRef(storage))
+                self._count("plain", storage.nbytes(), storage.nbytes())
 
-    def _count(self, kind: Kind, x: Tensor, nbytes: int) -> None:
+    def _count(self, kind: Kind, plain_bytes: int, kept_bytes: int) -> None:
         kept = self.kept.setdefault(kind, Kept())
         kept.tensors += 1
-        kept.plain_bytes += x.numel() * x.itemsize
-        kept.kept_bytes += nbytes
+        kept.plain_bytes += plain_bytes
+        kept.kept_bytes += kept_bytes
 
 
 def _shares_memory(x: Tensor) -> bool:
