@@ -35,6 +35,7 @@ from accel.operations import (
 from accel.presets import format, formats
 from accel.random import stream_id
 from accel.recommendation import Point, Recommendation, recommend
+from accel.statistics import Log2Statistics, log2_statistics
 
 __all__ = [
     "CODECS",
@@ -46,6 +47,7 @@ __all__ = [
     "Footprint",
     "Format",
     "Ledger",
+    "Log2Statistics",
     "Packed",
     "Point",
     "Recommendation",
@@ -59,6 +61,7 @@ __all__ = [
     "format",
     "formats",
     "largest_magnitude",
+    "log2_statistics",
     "pack",
     "prune",
     "prune_quantize",

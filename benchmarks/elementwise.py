@@ -108,6 +108,7 @@ def operations(x: torch.Tensor, out: torch.Tensor) -> list[Operation]:
         prune_quantize(x, out, "e5m2", target=2.2),
         prune_quantize(x, out, "e5m2", rounding="stochastic", target=2.2),
         *(quantize(x, out, fmt, target=2.0) for fmt in BLOCKS),
+        Operation("log2_statistics", "log2_statistics", partial(accel.log2_statistics, x), None, x, out, 1.6),
         # other roundings, formats and scales
         *(quantize(x, out, "e4m3fn", rounding=other) for other in ("nearest_away", "toward_zero", "up", "down")),
         *(quantize(x, out, fmt) for fmt in ("int8", "e8m0fnu", "e8m3fnuz", "binary8p3", "bfp8")),
