@@ -702,7 +702,7 @@ def test_checked_bits_per_element() -> None:
     x, alpha, scale = pruned_lognormal(2, sparsity=0.85)
     counts = count_blocks(x, float(alpha))
     assert counts.total.alphas / counts.total.nonzeros == pytest.approx(0.66, abs=0.005)
-    for codec, bits in (("dense", 8.0), ("bitmask", 2.20), ("alpha", 1.65)):
+    for codec, bits in (("dense", 8.0), ("bitmask", 2.20), ("alpha_tag", 2.40), ("alpha", 1.65)):
         parts = footprint_of_blocks(counts, codec, "e4m3fn", x.shape).bits_by_part
         assert (parts["metadata"] + parts["payload"]) / x.size == pytest.approx(bits, abs=0.01)
     assert footprint(x, codec="alpha", fmt="e4m3fn", alpha=float(alpha), scale=scale).bits_per_element < 1.68
