@@ -293,3 +293,6 @@ def nearest(name: object, allowed: Iterable[object]) -> str:
     """ " (did you mean 'x'?)" for the allowed name nearest to one that is unknown, "" where none is near."""
     close = difflib.get_close_matches(str(name), [str(key) for key in allowed], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+FLOAT32 = Format("fp32", 8, 23, 127, "ieee")

@@ -9,13 +9,13 @@ from dataclasses import fields
 from functools import cache
 
 from accel.block_formats import BLOCK_KEYS, BlockFormat, is_block_mapping
-from accel.formats import Format, check_widths, nearest
+from accel.formats import FLOAT32, Format, check_widths, nearest
 
 AnyFormat = Format | BlockFormat
 Spec = str | Mapping[str, object] | Format | BlockFormat
 
 _SCALARS = (
-    Format("fp32", 8, 23, 127, "ieee"),
+    FLOAT32,
     Format("tf32", 8, 10, 127, "ieee"),
     Format("bf16", 8, 7, 127, "ieee"),
     Format("fp16", 5, 10, 15, "ieee"),

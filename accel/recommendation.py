@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from accel.arguments import checked_choice, checked_tensor, checked_words, scalar_format
-from accel.codecs import CodecError, Packed, count_blocks, find_codec, footprint_of_blocks, pack
+from accel.codecs import CodecError, Packed, count_blocks, find_codec, footprint, footprint_of_blocks, pack
 from accel.codecs.codec import Codec
 from accel.formats import Format
 from accel.operations import prune, prune_quantize, quantize
@@ -47,6 +47,7 @@ FORMATS = (
 )  # fmt: skip
 CODEC_NAMES = ("dense", "bitmask", "bitmask2", "rle", "coo", "csr", "alpha_tag", "alpha", "alpha_entropy")
 SAMPLE = 1 << 18  # elements that are drawn of a lognormal
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 DROPPED_BITS = 13  # of float32's mantissa, in the search for the scale
 
 
@@ -64,7 +65,7 @@ class Lognormal(Protocol):
 class Point:
     """One combination, and what it does to the tensor x of `numel` elements; y is the result, T(x) x pruned.
 
-    sparsity: that was asked. achieved: share of zeros in y, values that were rounded to 0 included.
+    sparsity: that was asked. achieved: share of zeros in y, values that were rounded to +0 included; -0 is stored.
     way: of keeping +-alpha; `none` where nothing had to be pruned (alpha 0). scale: of the format.
     rms_error: ||y - x|| / ||x||, pruning and rounding. cosine: between x and y, 0 where y is all zeros.
     relative_error: mean of |y - T(x)| / |T(x)| over the nonzeros of T(x), rounding alone, +-alpha among them.
@@ -311,7 +312,7 @@ class _Pruned:
 
     def __init__(self, x: torch.Tensor, alpha: float, seed: int):
         flat = x.reshape(-1)
-        self.alpha = float(np.float32(alpha))
+        self.alpha = float(np.float32(min(alpha, FLOAT32_MAX)))
         result = prune(flat, self.alpha, seed=seed) if self.alpha else flat
         self.shape = x.shape
         is_nonzero = result != 0
@@ -346,13 +347,15 @@ class _Kept:
         self.pruned, self.way, self.fmt, self.scale, self.tagged = pruned, way, fmt, scale, tagged
         self.result = torch.zeros(pruned.shape)
         self.result.view(-1)[pruned.index] = values
+        self.counts = count_blocks(self.result, tagged)
+        total = self.counts.total
         kept = values.double()
         magnitudes, norm = kept.abs(), float(kept.norm())
         errors = (magnitudes - pruned.magnitudes).abs_().div_(pruned.magnitudes)
         survivors = errors[~pruned.is_alpha]
         squares = float((kept - pruned.originals).square_().sum()) + pruned.lost
         self.measured: dict[str, Any] = {
-            "achieved": 1 - int(values.count_nonzero()) / self.result.numel(),
+            "achieved": 1 - total.nonzeros / total.numel,
             "rms_error": math.sqrt(squares / pruned.square_sum),
             "relative_error": float(errors.mean()) if errors.numel() else 0.0,
             "survivor_error": float(survivors.mean()) if survivors.numel() else 0.0,
@@ -361,8 +364,8 @@ class _Kept:
             "bias_standard_error": pruned.bias_standard_error,
             "alpha_bias": _mean_bias(magnitudes[pruned.is_alpha], pruned.alpha),
         }
-        self.counts = count_blocks(self.result, tagged)
-        self.tag_entropy_bits = footprint_of_blocks(self.counts, "dense", fmt, tuple(pruned.shape)).tag_entropy_bits
+        signed = replace(total, negative_alphas=int((self.result == -tagged).sum()) if tagged else 0)
+        self.tag_entropy_bits = footprint(signed, codec="dense", fmt=fmt).tag_entropy_bits
 
     def point(self, sparsity: float, codec: Codec, name: str) -> Point:
         """CodecError for a codec that cannot hold the result."""

@@ -218,6 +218,21 @@ def recommend(
 
 
 @app.command()
+def reproduce(
+    figure: Annotated[str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig3a, fig3b, fig3c.")],
+    output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
+) -> None:
+    """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""
+    from fpsim import figures
+
+    if figure not in figures.FIGURES:
+        raise _unknown("figure", figure, list(figures.FIGURES))
+    print(figures.FIGURES[figure].title)
+    for path in figures.reproduce(figure, output):
+        print(path)
+
+
+@app.command()
 def bench(
     full: Annotated[bool, typer.Option("--full", help="Every row, other libraries and first calls: an hour.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the figures, as JSON.")] = Path("bench"),

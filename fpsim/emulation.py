@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves
 import accel
 from accel.ledger import Ledger, Stored, stored_plain
 from fpsim.config import parse_emulation
-from fpsim.config.schema import Emulation, GradientSpec, TensorSpec
+from fpsim.config.schema import Emulation, GradientSpec, Pruning, TensorSpec
 from fpsim.errors import NonFiniteError, RunError
+from fpsim.gradients.equal_cosine import equal_cosine
 from fpsim.gradients.pruning import LayerPruning
 from fpsim.layers import (
     FLOAT32,
@@ -112,6 +113,7 @@ class Emulator:
         self._sampled = False
         self._rounded_inputs: dict[tuple[int, TensorSpec, int], tuple[weakref.ref[Tensor], int, Tensor, Scale]] = {}
         self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
+        self._samples: dict[str, tuple[np.ndarray, int]] = {}
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
         self._step_is_new = True
@@ -159,9 +161,23 @@ class Emulator:
         """End a training step: call it after the optimizer's step."""
         if self.sampling and self.model.training:
             self._recorder.update()
+        self._equalise()
         if self.step_number == 0:
             self._check_all_ran()
         self._begin_step(self.step_number + 1)
+
+    def _equalise(self) -> None:
+        """Ask the layers of each heterogeneous policy, whose thresholds are new, for the sparsities of one cosine."""
+        groups: dict[Pruning, list[str]] = defaultdict(list)
+        for name in self._samples:
+            groups[self.pruning[name].spec].append(name)
+        for spec, names in groups.items():
+            samples, sizes = zip(*(self._samples[name] for name in names), strict=True)
+            limits = spec.min_sparsity, spec.max_sparsity
+            asked = equal_cosine(samples, sizes, spec.sparsity, spec.threshold, *limits)
+            for name, sparsity in zip(names, asked.tolist(), strict=True):
+                self.pruning[name].ask(sparsity, self._samples[name][0])
+        self._samples.clear()
 
     def _begin_step(self, number: int) -> None:
         self.step_number = number
@@ -172,9 +188,11 @@ class Emulator:
         self.restart_step()
 
     def restart_step(self) -> None:
-        """Have the current step's forward pass draw the same random words again."""
+        """Begin the current step anew: its forward pass draws the same random words again, and counts again."""
         if self._saved is not None:
             self._saved.close()
+        self._recorder.restart_step()
+        self._samples.clear()
         self._occurrences.clear()
         self._rounded_inputs.clear()
 
@@ -188,6 +206,7 @@ class Emulator:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._recorder.close()
         if self._saved is not None:
             self._saved.close()
 
@@ -405,8 +424,14 @@ class Emulator:
             else:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
-                alpha = _snap(alpha, fmt, scale) if pruning.alpha_kept == "snap" else float(np.float32(alpha))
-                rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
+                if role.pruning.policy == "heterogeneous" and pruning.renewed_at == self.step_number:
+                    self._samples[name] = drawn.numpy().copy(), dy.numel()
+                if role.pruning.policy == "topk":
+                    rounded = accel.quantize(torch.where(dy.abs() < alpha, 0.0, dy), fmt, **options)
+                    alpha, counts = 0.0, accel.count_blocks(rounded)
+                else:
+                    alpha = _snap(alpha, fmt, scale) if pruning.alpha_kept == "snap" else float(np.float32(alpha))
+                    rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
                 self._count_sparsity(pruning, counts.total)
                 if call.micro_batch is not None:
                     pruning.measure(dy, rounded)
@@ -463,6 +488,8 @@ def _rounding(spec: TensorSpec) -> dict[str, Any]:
 def _alpha_kept(spec: GradientSpec) -> str:
     """How +-alpha stays exact: by streams of the codec, by reserved codes of the format, or on its grid by a snap."""
     fmt = format_of(spec)
+    if spec.pruning is not None and spec.pruning.policy in ("topk", "none"):
+        return "none"
     if accel.find_codec(spec.codec).tags_alpha:
         return "streams"
     return "reserved" if isinstance(fmt, accel.Format) and fmt.alpha_codes else "snap"

@@ -14,13 +14,13 @@ import torch
 import zstandard
 
 import accel
+from accel.codecs.packed import MAGIC
 from fpsim.console import plain_console, print_table
 from fpsim.errors import ConfigError, FpsimError, Problem
 from fpsim.tensor_file import all_tensors, wrong_file
 
 ALPHA_SHARE = 0.05  # of the nonzeros that have one of the smallest magnitudes, from which on it is taken for alpha
 NEAR_SMALLEST = 1.5  # times the smallest magnitude
-PACKED_MAGIC = b"FPSM"
 ZSTD_LEVEL = 3
 BURSTS = (32, 64)  # bytes
 BAR = 40  # characters
@@ -47,8 +47,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Page:
-    """One tensor of a file. relative_error: of the rounding that put it into the format, 0 where it lay on its grid.
+    """One tensor of a file.
 
+    relative_error: of the rounding that put its finite elements into the format, 0 where they lay on its grid.
+    not_finite: how many elements are infinite or NaN.
     octaves: how many values have 2^e <= |x| < 2^(e + 1), for each e that occurs. compressed_bits: of the dense codes.
     """
 
@@ -58,6 +60,7 @@ class Page:
     scale: float
     alpha: float | None
     relative_error: float
+    not_finite: int
     zeros: int
     alphas: int
     octaves: dict[int, int]
@@ -77,6 +80,8 @@ def pages(path: Path, fmt: str, alpha: float | None) -> Iterator[Page]:
     fmt: the format in which codes are taken; a packed stream has its own. alpha: None looks for it: the most frequent
     of the smallest magnitudes, where many nonzeros have it. Raises ConfigError for a file or option that is wrong.
     """
+    if alpha is not None and not 0 < alpha <= float(np.finfo(np.float32).max):
+        raise ConfigError([Problem("--alpha", f"must be positive and finite in float32 (got {alpha:g})")])
     if _is_packed(path):
         try:
             packed = accel.Packed.from_bytes(path.read_bytes())
@@ -109,6 +114,8 @@ def show(page: Page) -> None:
     facts.append(f"scale {page.scale:g}")
     if page.relative_error:
         facts.append(f"rounded here, relative error {page.relative_error:.2e}")
+    if page.not_finite:
+        facts.append(f"{page.not_finite} infinite or NaN")
     console.print(", ".join(facts) + "\n")
     _show_octaves(page, numel)
     rows = []
@@ -158,7 +165,7 @@ def _is_packed(path: Path) -> bool:
     if not path.is_file():
         raise wrong_file(path, "no such file")
     with path.open("rb") as file:
-        return file.read(len(PACKED_MAGIC)) == PACKED_MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, alpha: float | None) -> Page:
@@ -167,8 +174,10 @@ def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, al
     scale = _scale_for(x, fmt) if scale is None else scale
     plain = accel.quantize(x, fmt, scale=scale)
     tagged = torch.where(is_alpha, x, plain)
-    norm = float(x.double().norm())
-    error = float((tagged.double() - x.double()).norm()) / norm if 0 < norm < math.inf else 0.0
+    finite = x.isfinite()
+    exact = x[finite].double()
+    norm = float(exact.norm())
+    error = float((tagged[finite].double() - exact).norm()) / norm if norm else 0.0
     sizes = []
     for codec in accel.CODECS.values():
         values, tag = (tagged, alpha) if codec.tags_alpha else (plain, None)
@@ -188,7 +197,7 @@ def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, al
     exponents = np.frexp(np.abs(x[x.isfinite() & (x != 0)].numpy()))[1] - 1
     found, counts = np.unique(exponents, return_counts=True)
     return Page(
-        name, tuple(x.shape), fmt.name, scale, alpha, error,
+        name, tuple(x.shape), fmt.name, scale, alpha, error, x.numel() - int(finite.sum()),
         int((tagged.view(torch.int32) == 0).sum()), int(is_alpha.sum()),
         dict(zip(found.tolist(), counts.tolist(), strict=True)), tuple(sizes),
         limits.tag_entropy_bits, limits.order0_entropy_bits,
@@ -200,10 +209,10 @@ def _page(name: str, x: torch.Tensor, fmt: accel.Format, scale: float | None, al
 
 
 def _scale_for(x: torch.Tensor, fmt: accel.Format) -> float:
-    """1 where x lies on the format's grid or within its range, else the least power of two that brings it there."""
-    finite = x[x.isfinite()].abs()
-    largest = float(finite.max()) if finite.numel() else 0.0
-    if largest <= fmt.max and bool((accel.quantize(x, fmt) == x).all()):
+    """1 where x lies on the format's grid, else the least power of two that brings it into the format's range."""
+    finite = x[x.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    if largest <= fmt.max and torch.equal(accel.quantize(finite, fmt), finite):
         return 1.0
     return 2.0 ** max(math.ceil(math.log2(largest / fmt.max)), -100) if largest else 1.0
 

@@ -10,9 +10,11 @@ With z = (ln(alpha) - mu) / sigma and Phi the standard normal distribution funct
     (3) cos^2 = E[x^2] / (alpha m1 + exp(2 mu + 2 sigma^2) Phi(2 sigma - z))
     (4) E[(T(x) - x)^2] = alpha m1 - exp(2 mu + 2 sigma^2) Phi(z - 2 sigma)   m1 = exp(mu + sigma^2/2) Phi(z - sigma)
     (5) (S - S0) / (1 - S0)                                                   to ask when the share S0 is 0 already
+    (6) cos^2 = Phi(2 sigma - Phi^-1(S))                                      keeping the largest 1 - S exactly instead
 
 Arrays (or scalars) in, arrays out, broadcast, float64. Each quantity is computed from y = ln(alpha) - mu in the log
-domain, which keeps it accurate to 1e-10 for sigma in [0.05, 15] and sparsity in [0.01, 0.999].
+domain, which keeps it accurate to 1e-10 for sigma in [0.05, 15] and sparsity in [0.01, 0.999]. The choice of a float
+for a lognormal, `relative_error` and `best_exponent_bits`, is explained in fpsim.float_choice.
 """
 
 from __future__ import annotations
@@ -21,10 +23,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import log_ndtr, ndtr, ndtri
 
-Floats = NDArray[np.float64]
+from fpsim.arguments import Floats, floats, positive, require
+from fpsim.float_choice import best_exponent_bits, relative_error
+
+__all__ = [
+    "Fit",
+    "best_exponent_bits",
+    "cosine",
+    "fit",
+    "magnitudes",
+    "mean_squared_error",
+    "measured_cosine",
+    "relative_error",
+    "required_sparsity",
+    "sparsity",
+    "symbol_shares",
+    "threshold",
+    "top_k_cosine",
+]
 
 _BISECTIONS = 64
 
@@ -94,9 +113,8 @@ def threshold(sparsity: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Floats:
     Bisection on ln(alpha) between the bounds S <= Phi(z) and S >= 1 - E[x] / alpha. A sparsity of 0 gives alpha = 0.
     ValueError for sparsity outside [0, 1), sigma <= 0 or any argument that is not finite.
     """
-    share, mu, sigma = _float64(sparsity), _float64(mu), _float64(sigma)
-    _require((share >= 0) & (share < 1), "sparsity", share, "in [0, 1)")
-    _require_distribution(mu, sigma)
+    share, mu = _share(sparsity), _mean(mu)
+    sigma = positive(sigma, "sigma")
     target = np.where(share == 0, 0.5, share)
     low, high, log_target = np.broadcast_arrays(
         sigma * ndtri(target), sigma * sigma / 2 - np.log1p(-target), np.log(target)
@@ -119,6 +137,29 @@ def cosine(alpha: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Floats:
     return np.minimum(np.exp(-np.logaddexp(pruned, kept) / 2), 1.0)
 
 
+def measured_cosine(x: Any, alpha: float) -> float:
+    """Cosine similarity of a tensor x and T(x), whatever its distribution: sqrt(sum x^2 / sum max(alpha |x|, x^2)).
+
+    x: array-like or torch tensor, any shape. Exact for E[|T(x)|^2], from which one draw of T differs by chance; zeros
+    count for nothing, and zeros alone give nan. ValueError for alpha < 0, and alpha or x that is not finite.
+    """
+    values, level = magnitudes(x), float(_threshold(alpha))
+    largest = values.max()
+    if largest == 0:
+        return np.nan
+    scaled = values / largest
+    squares = scaled * scaled
+    return float(np.sqrt(squares.sum() / np.maximum(level / largest * scaled, squares).sum()))
+
+
+def top_k_cosine(sparsity: ArrayLike, sigma: ArrayLike) -> Floats:
+    """Cosine similarity of x and x without the share `sparsity` of smallest magnitudes, which is biased. Equation (6).
+
+    ValueError for sparsity outside [0, 1), sigma <= 0 or any argument that is not finite.
+    """
+    return np.sqrt(ndtr(2 * positive(sigma, "sigma") - ndtri(_share(sparsity))))
+
+
 def mean_squared_error(alpha: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Floats:
     """E[(T(x) - x)^2] = alpha E[x; x < alpha] - E[x^2; x < alpha], in x's unit squared. Equation (4).
 
@@ -135,9 +176,8 @@ def required_sparsity(sparsity: ArrayLike, zero_share: ArrayLike) -> Floats:
 
     0 where zero_share >= sparsity. ValueError for sparsity outside [0, 1) or zero_share outside [0, 1].
     """
-    share, zeros = _float64(sparsity), _float64(zero_share)
-    _require((share >= 0) & (share < 1), "sparsity", share, "in [0, 1)")
-    _require((zeros >= 0) & (zeros <= 1), "zero_share", zeros, "in [0, 1]")
+    share, zeros = _share(sparsity), floats(zero_share)
+    require((zeros >= 0) & (zeros <= 1), "zero_share", zeros, "in [0, 1]")
     missing = np.maximum(share - zeros, 0.0)
     return missing / np.where(missing > 0, 1 - zeros, 1.0)
 
@@ -159,22 +199,24 @@ def _log_alpha_share(y: Floats, sigma: Floats) -> Floats:
 
 def _checked(alpha: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """Validated (ln(alpha) - mu, mu, sigma) in float64."""
-    alpha, mu, sigma = _float64(alpha), _float64(mu), _float64(sigma)
-    _require((alpha >= 0) & np.isfinite(alpha), "alpha", alpha, "finite and >= 0")
-    _require_distribution(mu, sigma)
+    alpha, mu, sigma = _threshold(alpha), _mean(mu), positive(sigma, "sigma")
     with np.errstate(divide="ignore"):
         return np.log(alpha) - mu, mu, sigma
 
 
-def _require_distribution(mu: Floats, sigma: Floats) -> None:
-    _require(np.isfinite(mu), "mu", mu, "finite")
-    _require((sigma > 0) & np.isfinite(sigma), "sigma", sigma, "finite and > 0")
+def _threshold(alpha: ArrayLike) -> Floats:
+    level = floats(alpha)
+    require((level >= 0) & np.isfinite(level), "alpha", level, "finite and >= 0")
+    return level
 
 
-def _require(valid: NDArray[np.bool_], name: str, value: Floats, allowed: str) -> None:
-    if not np.all(valid):
-        raise ValueError(f"{name} must be {allowed}, got {float(value[~valid].flat[0])!r}")
+def _mean(mu: ArrayLike) -> Floats:
+    numbers = floats(mu)
+    require(np.isfinite(numbers), "mu", numbers, "finite")
+    return numbers
 
 
-def _float64(value: ArrayLike) -> Floats:
-    return np.asarray(value, dtype=np.float64)
+def _share(sparsity: ArrayLike) -> Floats:
+    share = floats(sparsity)
+    require((share >= 0) & (share < 1), "sparsity", share, "in [0, 1)")
+    return share

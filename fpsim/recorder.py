@@ -29,6 +29,7 @@ OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
 Scale = float | Tensor | None
+_Place = tuple[int, torch.Size]  # of a tensor in memory
 
 
 class Recorder:
@@ -39,15 +40,31 @@ class Recorder:
         self.ledger = Ledger()
         self.step = 0
         self.micro_batch = -1
-        self._inputs: dict[tuple[int, torch.Size], tuple[Tensor, Stored]] = {}
+        self._inputs: dict[_Place, tuple[Tensor, list[Stored]]] = {}  # holding a tensor keeps its place from others
+        self._norm_inputs: dict[_Place, Tensor] = {}
         self._stored_weights: set[int] = set()
         self._last_layer = ""
         self._watcher = _AddendWatcher(self)
 
     def begin_step(self, step: int) -> None:
         """The coming forward pass is the first of a step."""
-        self.step, self.micro_batch = step, -1
+        self.step = step
+        self.restart_step()
+
+    def restart_step(self) -> None:
+        """The current step begins anew: what it has entered so far is dropped."""
+        self.close()
+        self.micro_batch = -1
         self._stored_weights.clear()
+        records = self.ledger.records
+        while records and records[-1].step == self.step:
+            records.pop()
+
+    def close(self) -> None:
+        """End every forward pass: those that an interrupt has cut off did not."""
+        while self._watcher.leave():
+            pass
+        self._forget_inputs()
 
     def begin_forward(self) -> None:
         """A forward pass begins: watch its additions."""
@@ -59,29 +76,35 @@ class Recorder:
         """A forward pass has ended, or failed; without effect where none had begun."""
         if self._watcher.leave() and isinstance(output, Tensor):
             self.ledger.add(self.step, "(output)", "activation", "forward", stored_plain(output.numel()), writes=1)
+        self._forget_inputs()
+
+    def _forget_inputs(self) -> None:
         self._inputs.clear()
+        self._norm_inputs.clear()
 
     def normalisation(self, name: str, x: Tensor, stored: Stored) -> None:
-        """A normalisation keeps its input x for backward."""
+        """A normalisation keeps its input x for backward: one tensor, however many normalise it."""
         add = partial(self.ledger.add, self.step, name, "norm_input", micro_batch=self.micro_batch)
-        add("forward", stored, writes=1, resident=True)
+        is_new = _place(x) not in self._norm_inputs
+        self._norm_inputs[_place(x)] = x
+        add("forward", stored, writes=int(is_new), resident=is_new)
         add("dgrad", stored, reads=int(x.requires_grad))
 
     def layer(self, name: str, x: Tensor, x_stored: Stored, weight: nn.Parameter, w_stored: Stored) -> None:
         """A layer runs forward on x: X and W of all passes."""
         add = partial(self.ledger.add, self.step, name, micro_batch=self.micro_batch)
         has_dgrad, has_wgrad = int(x.requires_grad), int(weight.requires_grad)
-        key = (x.data_ptr(), x.shape)
-        seen = self._inputs.get(key)
+        _, known = self._inputs.setdefault(_place(x), (x, []))
         is_written = self._last_layer != "(input)" or x.requires_grad  # else it is the model's input, and lies there
-        is_new = seen is None or (seen[1].format, seen[1].codec) != (x_stored.format, x_stored.codec)
-        self._inputs.setdefault(key, (x, x_stored))  # holding x keeps its address from being used again
+        is_new = all((one.format, one.codec) != (x_stored.format, x_stored.codec) for one in known)
+        is_read_again = bool(known)
+        known.append(x_stored)
         add(
             "activation", "forward", x_stored, reads=1, writes=int(is_new and is_written), resident=is_new,
-            second_name_in=() if seen is None else ("fp32", "bf16"),
+            second_name_in=("fp32", "bf16") if is_read_again else (),
         )  # fmt: skip
         add("activation", "wgrad", x_stored, reads=has_wgrad)
-        if seen is not None and has_dgrad:
+        if is_read_again and has_dgrad:
             add("addend", "dgrad", stored_plain(x.numel()), reads=1, writes=1)
         master_in = ("fp32", *(["encoded"] if w_stored.is_float32 else [])) if has_wgrad else ()
         is_first = id(weight) not in self._stored_weights
@@ -102,8 +125,9 @@ class Recorder:
         """Tensors that an addition or a concatenation brings in from memory."""
         add = partial(self.ledger.add, self.step, self._last_layer, "addend", micro_batch=self.micro_batch)
         for tensor in tensors:
-            seen = self._inputs.get((tensor.data_ptr(), tensor.shape))
-            kept_as = () if seen is None else ("fp32", "bf16", *(["encoded"] if seen[1].is_float32 else []))
+            _, known = self._inputs.get(_place(tensor), (tensor, []))
+            is_kept_so = any(one.is_float32 for one in known)
+            kept_as = ("fp32", "bf16", *(["encoded"] if is_kept_so else [])) if known else ()
             stored = stored_plain(tensor.numel())
             add("forward", stored, reads=1, writes=1, second_name_in=kept_as)
             if tensor.requires_grad:
@@ -111,7 +135,7 @@ class Recorder:
 
     def is_layer_input(self, x: Tensor) -> bool:
         """Whether a layer of this forward pass has read x."""
-        return (x.data_ptr(), x.shape) in self._inputs
+        return _place(x) in self._inputs
 
     def update(self) -> None:
         """The optimizer has made its step: weight gradients, master copies and optimizer state of all parameters."""
@@ -137,6 +161,10 @@ class Recorder:
             return 0
         states = (self.optimizer.state.get(p, {}) for p in parameters)
         return sum(v.numel() for state in states for v in state.values() if isinstance(v, Tensor) and v.ndim > 0)
+
+
+def _place(x: Tensor) -> _Place:
+    return x.data_ptr(), x.shape
 
 
 class _AddendWatcher(TorchDispatchMode):

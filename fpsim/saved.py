@@ -2,17 +2,21 @@
 
 Every float32 activation that an operation of a training forward pass saves becomes a stream of `accel.pack`:
 
-    layer_input  the rounded input of a layer, in the layer's own format and scale: exact
+    layer_input  the rounded input of a layer, in the layer's own format and scale: exact; of a block format an element
+                 takes the exponent of its block's scale along (e8m3 for mxfp8_e4m3fn), or stays float32 (nvfp4)
     rounded      any other tensor that needs a gradient, where a format is given: rounded with a scale of `power_of_two`
                  for backward alone, forward has used the float32 tensor; where it is not finite, as float32
     float32      everything else: exact, only that a NaN becomes the canonical NaN
-    plain        not packed: other types, fewer than SMALLEST elements, elements that share memory (expanded tensors)
+    plain        not packed: other types, fewer than SMALLEST elements or more than LARGEST, elements that share memory
+                 (expanded tensors)
 
 Not packed, and not counted, is what is alive without autograd: parameters, buffers and rounded weights, and the model's
 inputs, which its caller holds.
 
 A tensor that needs no gradient is never rounded: dropout's mask, LayerNorm's statistics. GroupNorm's and RMSNorm's do
 need one in autograd's books, and are.
+
+Hooks stay on when an interrupt (Ctrl-C) ends a forward pass, but then pack nothing; the next pass or step removes them.
 
 Autograd does not check whether a tensor that a hook has taken was modified since. A packed tensor is what was saved; of
 the others the check is made here. What is modified through `.data` escapes this check as it escapes autograd's.
@@ -21,6 +25,7 @@ the others the check is made here. What is modified through `.data` escapes this
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +36,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import accel
+from accel.formats import FLOAT32
 from accel.ledger import Stored, stored_encoded, stored_plain
 from fpsim.config.schema import SavedActivations, number_format
 from fpsim.recorder import Scale, code_histogram
@@ -38,15 +44,18 @@ from fpsim.scales import largest_magnitude, scale_of
 
 SMALLEST = 4096  # elements: packing and unpacking take 0.2 ms however few there are, too much for less than 16 KiB
 LARGEST = 1 << 29  # elements, 2 GiB: no codec's stream of so many passes the 4 GiB that a stream may have
-FLOAT32 = accel.Format("fp32", 8, 23, 127, "ieee")
+CALL = nn.Module._call_impl.__code__  # that runs a module's hooks and its forward
 
 Kind = Literal["layer_input", "rounded", "float32", "plain"]
-Key = tuple[StorageWeakRef, int, int, torch.Size, tuple[int, ...]]
+Key = tuple[StorageWeakRef, int, int, torch.Size, tuple[int, ...], bool]
 
 
 @dataclass
 class Kept:
-    """What the latest forward pass keeps of one kind: tensors, their bytes as plain tensors and as they are kept."""
+    """What the latest forward pass keeps of one kind: tensors, their bytes as plain tensors and as they are kept.
+
+    Of `plain` tensors all bytes of their storages, which they keep alive.
+    """
 
     tensors: int = 0
     plain_bytes: int = 0
@@ -124,7 +133,8 @@ class SavedTensors:
         self._running: list[saved_tensors_hooks | None] = []
         self._alive: set[StorageWeakRef] = set()
         self._grids: dict[StorageWeakRef, _Grid] = {}
-        self._packings: dict[Key, _Packing | None] = {}  # None: counted as plain
+        self._packings: dict[Key, _Packing] = {}
+        self._plain: set[StorageWeakRef] = set()  # what is kept as it is, all of a storage
 
     @property
     def is_active(self) -> bool:
@@ -133,13 +143,15 @@ class SavedTensors:
 
     def begin_forward(self, inputs: Iterable[Tensor], is_training: bool) -> None:
         """A forward pass begins, perhaps inside another one: pack from here on, if it trains."""
+        while self._running and len(self._running) >= self._calls():
+            self.end_forward()  # an interrupt has cut it off
         if self.is_active or not is_training:
             self._running.append(None)
             return
         self.kept = {}
         for tensors in (self.model.parameters(), self.model.buffers(), inputs):
             for tensor in tensors:
-                self.leave(tensor)
+                self._leave(tensor)
         hooks = saved_tensors_hooks(self._pack, lambda saved: saved.tensor())
         hooks.__enter__()
         self._running.append(hooks)
@@ -151,6 +163,7 @@ class SavedTensors:
             self._alive.clear()
             self._grids.clear()
             self._packings.clear()
+            self._plain.clear()
 
     def close(self) -> None:
         """End every forward pass: those that an interrupt has cut off did not."""
@@ -159,11 +172,17 @@ class SavedTensors:
 
     def leave(self, x: Tensor) -> None:
         """Do not pack x in this forward pass: others keep it alive."""
+        if self.is_active:
+            self._leave(x)
+
+    def _leave(self, x: Tensor) -> None:
         if x.layout == torch.strided:
             self._alive.add(StorageWeakRef(x.untyped_storage()))
 
     def lies_on_grid(self, x: Tensor, fmt: accel.Format | accel.BlockFormat, scale: Scale) -> None:
         """x, which fills its storage, was rounded into fmt with that scale: where it is saved it is packed so."""
+        if not self.is_active:
+            return
         if isinstance(fmt, accel.BlockFormat):  # an element times a power of two, where that is what the scales are
             bits = fmt.element.mantissa_bits
             fmt = accel.Format(f"e8m{bits}", 8, bits, 127, "ieee")
@@ -173,7 +192,7 @@ class SavedTensors:
         """x in the ledger's terms, as it is kept if an operation saves it now."""
         if not self.is_active or not self._is_packed(x):
             return stored_plain(x.numel())
-        packing = self._packing(x.detach(), x.requires_grad, None)
+        packing = self._packing(_whole(x), x.requires_grad, None)
         values, fmt, scale = packing.restored(), packing.stream.header.fmt, packing.scale
         return stored_encoded(
             accel.count_blocks(values), self.spec.codec, fmt, tuple(x.shape),
@@ -181,12 +200,13 @@ class SavedTensors:
         )  # fmt: skip
 
     def _pack(self, x: Tensor) -> _View | _Left:
+        if not self._calls():
+            return _Left(x.detach(), x._version)
         if not self._is_packed(x):
             self._count_plain(x)
             return _Left(x.detach(), x._version)
-        whole, grid = x.detach(), self._grids.get(StorageWeakRef(x.untyped_storage()))
-        if grid is not None:
-            whole = whole.as_strided(grid.shape, grid.strides, 0)
+        grid = self._grids.get(StorageWeakRef(x.untyped_storage()))
+        whole = _whole(x) if grid is None else x.detach().as_strided(grid.shape, grid.strides, 0)
         packing = self._packing(whole, x.requires_grad, grid)
         return _View(packing, x.shape, x.stride(), int(x.storage_offset() - whole.storage_offset()))
 
@@ -198,12 +218,23 @@ class SavedTensors:
             and SMALLEST <= x.numel() <= LARGEST
             and not _shares_memory(x)
             and not x.is_neg()
-            and StorageWeakRef(x.untyped_storage()) not in self._alive
+            and not self._is_left(x)
         )
+
+    def _is_left(self, x: Tensor) -> bool:
+        return StorageWeakRef(x.untyped_storage()) in self._alive
+
+    def _calls(self) -> int:
+        """How many calls of the model are running now."""
+        frame, found = sys._getframe(1), 0
+        while frame is not None:
+            found += frame.f_code is CALL and frame.f_locals["self"] is self.model
+            frame = frame.f_back  # type: ignore[assignment]
+        return found
 
     def _packing(self, x: Tensor, needs_gradient: bool, grid: _Grid | None) -> _Packing:
         """x in packed form: made once, however often it is saved."""
-        key = _key(x)
+        key = _key(x, needs_gradient and self.spec.format is not None)
         packing = self._packings.get(key)
         if packing is None:
             packing = self._packings[key] = (
@@ -211,7 +242,7 @@ class SavedTensors:
                 or (self._rounded(x) if needs_gradient and grid is None else None)
                 or self._packed("float32", x, x, FLOAT32, None)
             )
-            self._count(packing.kind, x, packing.nbytes)
+            self._count(packing.kind, x.nbytes, packing.nbytes)
         return packing
 
     def _on_grid(self, x: Tensor, grid: _Grid) -> _Packing | None:
@@ -237,6 +268,8 @@ class SavedTensors:
         if not math.isfinite(amax):
             return None
         scale = scale_of(x, fmt, "power_of_two", amax)
+        if not bool(accel.quantize(torch.tensor(amax), fmt, scale=scale).isfinite()):  # beyond float32's largest
+            return None
         return self._packed("rounded", x, accel.quantize(x, fmt, scale=scale, out=torch.empty_like(x)), fmt, scale)
 
     def _packed(self, kind: Kind, x: Tensor, values: Tensor, fmt: accel.Format, scale: Scale) -> _Packing:
@@ -244,17 +277,17 @@ class SavedTensors:
         return _Packing(kind, accel.pack(values, self.spec.codec, fmt, one), scale, x.stride(), x.device)
 
     def _count_plain(self, x: Tensor) -> None:
-        if x.layout == torch.strided and StorageWeakRef(x.untyped_storage()) not in self._alive:
-            key = _key(x)
-            if key not in self._packings:
-                self._packings[key] = None
-                self._count("plain", x, min(x.nbytes, x.untyped_storage().nbytes()))
+        if x.layout == torch.strided and not self._is_left(x):
+            storage = x.untyped_storage()
+            if StorageWeakRef(storage) not in self._plain:
+                self._plain.add(StorageWeakRef(storage))
+                self._count("plain", storage.nbytes(), storage.nbytes())
 
-    def _count(self, kind: Kind, x: Tensor, nbytes: int) -> None:
+    def _count(self, kind: Kind, plain_bytes: int, kept_bytes: int) -> None:
         kept = self.kept.setdefault(kind, Kept())
         kept.tensors += 1
-        kept.plain_bytes += x.numel() * x.itemsize
-        kept.kept_bytes += nbytes
+        kept.plain_bytes += plain_bytes
+        kept.kept_bytes += kept_bytes
 
 
 def _shares_memory(x: Tensor) -> bool:
@@ -263,6 +296,12 @@ def _shares_memory(x: Tensor) -> bool:
     return places < x.numel() or any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _key(x: Tensor) -> Key:
+def _whole(x: Tensor) -> Tensor:
+    """All of x's storage where x has as many elements, so that its other shapes are views of one; else x."""
+    elements = x.untyped_storage().nbytes() // x.itemsize
+    return x.detach().as_strided((elements,), (1,), 0) if elements == x.numel() else x.detach()
+
+
+def _key(x: Tensor, is_rounded: bool) -> Key:
     """What tells one saved tensor from another. The weak reference keeps a storage's address from being used again."""
-    return StorageWeakRef(x.untyped_storage()), x._version, int(x.storage_offset()), x.shape, x.stride()
+    return StorageWeakRef(x.untyped_storage()), x._version, int(x.storage_offset()), x.shape, x.stride(), is_rounded

@@ -15,14 +15,13 @@ from accel import launch
 from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, Alpha, CodecError
 from accel.codecs.loops import PATTERNS, packer, unpacker
-from accel.formats import Format
+from accel.formats import FLOAT32, Format
 from accel.kernels import cpu
 from accel.kernels.cpu import run
 from accel.rounding import Parameters, needs_wide, parameters
 
 NO_ALPHA = np.float32(0)
 NO_PATTERN = np.uint32(0xFFFFFFFF)  # of no magnitude
-FLOAT32 = Format("fp32", 8, 23, 127, "ieee")
 FAULTS = {
     TOO_SHORT: "is too short for its streams",
     TOO_LONG: "goes on after its streams",

@@ -22,6 +22,7 @@ from accel.codecs.codec import (
     TOO_LONG,
     TOO_SHORT,
     VALUE,
+    Alpha,
 )
 from accel.codecs.coding import alpha_of, as_codes, has_zero, value_fields
 from accel.codecs.symbols import MAGNITUDE, code_with_alpha, coded, decoded, is_misfit, value_with_alpha
@@ -103,7 +104,7 @@ def whole_bytes(bits):  # type: ignore[no-untyped-def]
 @device
 def tally(given, alpha):  # type: ignore[no-untyped-def]
     """Of an element's pattern: 1 for a nonzero, and 1 in the upper half for +-alpha."""
-    is_alpha = np.uint32((np.uint32(given & MAGNITUDE) == alpha[1]) & alpha[2])
+    is_alpha = np.uint32((np.uint32(given & MAGNITUDE) == alpha.pattern) & alpha.is_tagged)
     return np.uint32(np.uint32(given != NONE) | np.uint32(is_alpha << HALF))
 
 
@@ -118,8 +119,9 @@ def streams_of(layout, count, nonzeros, alphas):  # type: ignore[no-untyped-def]
     return payload, payload, payload
 
 
-def count_patterns(x, block, layout, bits, alpha, lengths, middles):  # type: ignore[no-untyped-def]
+def count_patterns(x, block, layout, bits, alpha_fields, lengths, metadata):  # type: ignore[no-untyped-def]
     """How many bytes each block takes, to lengths[1 ..], and how many of them are metadata."""
+    alpha = Alpha(*alpha_fields)
     shared = cuda.shared.array(1, np.uint32)
     if cuda.threadIdx.x == 0:
         shared[0] = NONE
@@ -146,14 +148,14 @@ def count_patterns(x, block, layout, bits, alpha, lengths, middles):  # type: ig
         payload = streams_of(layout, count, nonzeros, alphas)[2]
         end = np.uint32(payload + whole_bytes(np.uint32(np.uint32(nonzeros - alphas) * bits)))
         lengths[cuda.blockIdx.x + 1] = np.int64(end // BYTE_BITS)
-        middles[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
+        metadata[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
 
 
 def _write(  # type: ignore[no-untyped-def]
-    x, block, layout, bits, divisor, factor, alpha, value_fields, fields, offsets, out, misfits
+    x, block, layout, bits, divisor, factor, alpha_fields, decode_fields, fields, offsets, out, misfits
 ):
     """Blocks into out, where offsets tell. misfits[0] becomes 1 where an element has no code."""
-    v, p = Parameters(*value_fields), PARAMETERS(*fields)  # noqa: F821
+    v, p, alpha = Parameters(*decode_fields), PARAMETERS(*fields), Alpha(*alpha_fields)  # noqa: F821
     held = cuda.shared.array(PADDED_CHUNK, np.float32)
     kept = cuda.shared.array(BLOCK, np.float32)
     image = cuda.shared.array(IMAGE_WORDS, np.uint32)
@@ -220,9 +222,9 @@ def _write(  # type: ignore[no-untyped-def]
         value = kept[np.uint32(k)]
         given = bits_of(value)
         code = np.uint32(code_of(value, divisor, p))  # noqa: F821
-        if is_misfit(given, bits_of(np.float32(decoded(code, factor, v))), alpha[1]):
+        if is_misfit(given, bits_of(np.float32(decoded(code, factor, v))), alpha.pattern):
             misfits[0] = 1
-        code = np.uint32(code_with_alpha(code, given, alpha[1], alpha[2], alpha[4], alpha[5]))
+        code = np.uint32(code_with_alpha(code, given, alpha.pattern, alpha.is_tagged, alpha.code, alpha.sign))
         put(image, np.uint32(payload + np.uint32(np.uint32(k) * bits)), code, bits)  # noqa: F821
     cuda.syncthreads()
     for i in range(cuda.threadIdx.x, length, THREADS):
@@ -231,13 +233,13 @@ def _write(  # type: ignore[no-untyped-def]
 
 
 def _read(  # type: ignore[no-untyped-def]
-    data, block, layout, bits, factor, alpha, value_fields, offsets, out, middles, faults
+    data, block, layout, bits, factor, alpha_fields, decode_fields, offsets, out, metadata, faults
 ):
-    """The blocks' values into out; middles: bytes of metadata of each block; faults: what is wrong with each.
+    """The blocks' values into out; metadata: bytes of metadata of each block; faults: what is wrong with each.
 
     Whatever the bytes are, all places in shared memory that they lead to exist.
     """
-    v = Parameters(*value_fields)
+    v, alpha = Parameters(*decode_fields), Alpha(*alpha_fields)
     held = cuda.shared.array(PADDED_CHUNK, np.float32)
     kept = cuda.shared.array(BLOCK, np.float32)
     image = cuda.shared.array(IMAGE_WORDS, np.uint32)
@@ -275,14 +277,14 @@ def _read(  # type: ignore[no-untyped-def]
     needed = np.int64(np.uint32(payload + whole_bytes(np.uint32(found * bits))) // BYTE_BITS)
     if cuda.threadIdx.x == 0:
         fault = FITS if needed == end - begin else TOO_LONG
-        fault = ALPHA_UNKNOWN if alphas > NONE and not alpha[0] > np.float32(0) else fault
+        fault = ALPHA_UNKNOWN if alphas > NONE and not alpha.value > np.float32(0) else fault
         faults[cuda.blockIdx.x] = TOO_SHORT if needed > end - begin else fault
-        middles[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
+        metadata[cuda.blockIdx.x] = np.int64(payload // BYTE_BITS)
 
     for k in range(cuda.threadIdx.x, found, THREADS):
         code = get(image, np.uint32(payload + np.uint32(np.uint32(k) * bits)), bits)  # noqa: F821
         value = np.float32(decoded(code, factor, v))
-        value = value_with_alpha(value, VALUE, code, alpha[0], alpha[3], alpha[4], alpha[5])
+        value = value_with_alpha(value, VALUE, code, alpha.value, alpha.has_codes, alpha.code, alpha.sign)
         kept[np.uint32(k)] = value
     cuda.syncthreads()
 
@@ -315,7 +317,7 @@ def _read(  # type: ignore[no-untyped-def]
                 lane, is_value, sign = bit, np.uint32(are_values & ONE), np.uint32(signs & ONE)
                 are_values = np.uint32(are_values >> ONE)
                 signs = np.uint32(signs >> np.uint32(ONE - is_value))
-            value = -alpha[0] if sign else alpha[0]
+            value = -alpha.value if sign else alpha.value
             held[np.uint32(first + lane)] = kept[place] if is_value else value
             place = np.uint32(place + is_value)
     cuda.syncthreads()
@@ -378,16 +380,16 @@ def pack_blocks(
     All on x's device.
     """
     divisor, method, fields = as_codes(fmt, scale)
-    layout, marks = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
+    layout, alpha_fields = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
     lengths = torch.zeros(cut.count + 1, dtype=torch.int64, device=x.device)
-    middles = torch.empty(cut.count, dtype=torch.int64, device=x.device)
-    _launch("count_patterns", cut.count, x, cut.block, *layout, marks, lengths, middles)
+    metadata = torch.empty(cut.count, dtype=torch.int64, device=x.device)
+    _launch("count_patterns", cut.count, x, cut.block, *layout, alpha_fields, lengths, metadata)
     offsets = lengths.cumsum(0)
     body = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=x.device)
     misfits = torch.zeros(1, dtype=torch.int64, device=x.device)
-    rounding = divisor, scale, marks, tuple(value_fields(fmt)), tuple(fields)
+    rounding = divisor, scale, alpha_fields, tuple(value_fields(fmt)), tuple(fields)
     _launch(f"pack_{CODES[method]}", cut.count, x, cut.block, *layout, *rounding, offsets, body, misfits)
-    return body, offsets, middles, misfits
+    return body, offsets, metadata, misfits
 
 
 def unpack_blocks(
@@ -403,11 +405,11 @@ def unpack_blocks(
 
     offsets: where each block starts in data, and where the last one ends; they rise and stay within data.
     """
-    middles, faults = torch.zeros(2, offsets.numel() - 1, dtype=torch.int64, device=out.device)
-    layout, marks = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
-    arguments = data, cut.block, *layout, scale, marks, tuple(value_fields(fmt)), offsets, out, middles, faults
-    _launch("unpack", middles.numel(), *arguments)
-    return middles, faults
+    metadata, faults = torch.zeros(2, offsets.numel() - 1, dtype=torch.int64, device=out.device)
+    layout, alpha_fields = (LAYOUTS[cut.codec.name], np.uint32(cut.bits)), tuple(alpha_of(alpha, cut, fmt))
+    arguments = data, cut.block, *layout, scale, alpha_fields, tuple(value_fields(fmt)), offsets, out, metadata, faults
+    _launch("unpack", metadata.numel(), *arguments)
+    return metadata, faults
 
 
 def _launch(name: str, blocks: int, *arguments: Any) -> None:

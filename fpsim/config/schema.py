@@ -463,23 +463,47 @@ Refresh = Annotated[
 
 
 class Pruning(Section):
-    """Stochastic pruning of the neural gradients."""
+    """Pruning of the neural gradients."""
 
-    policy: Literal["homogeneous"] = "homogeneous"
-    """homogeneous: the same sparsity in every layer."""
+    policy: Literal["homogeneous", "heterogeneous", "topk", "topk_stochastic", "atp", "laplace", "none"] = "homogeneous"
+    """homogeneous: the same sparsity in every layer; heterogeneous: the same cosine between the gradient and the pruned
+    one in every layer, for the sparsity asked on average over all elements; topk: the smallest magnitudes become zero,
+    none +-alpha (SAW); topk_stochastic: the smallest are pruned stochastically; atp, laplace: thresholds of a normal
+    and of a Laplace distribution with the mean magnitude; none: nothing is pruned, only measured."""
     sparsity: Fraction
     """Share of zeros asked for."""
     threshold: Literal["empirical", "lognormal"] = "empirical"
-    """How the threshold is found: solved on a sample, or from a fitted lognormal distribution."""
+    """For homogeneous and heterogeneous, how the threshold is found: solved on a sample, or from a fitted lognormal
+    distribution."""
+    min_sparsity: Fraction = 0.0
+    """Least sparsity that heterogeneous gives a layer."""
+    max_sparsity: Fraction = 0.99
+    """Largest sparsity that heterogeneous gives a layer."""
     refresh: Refresh | None = None
-    """Steps between new thresholds, or epoch; null: 10 steps for empirical, epoch for lognormal."""
+    """Steps between new thresholds, or epoch; null: epoch for lognormal, every step for atp and laplace, otherwise 10
+    steps."""
 
     @property
     def refresh_interval(self) -> int | Literal["epoch"]:
         """Steps between new thresholds, or "epoch"."""
         if self.refresh is not None:
             return self.refresh
+        if self.policy in ("atp", "laplace"):
+            return 1
         return 10 if self.threshold == "empirical" else "epoch"
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_policy(self) -> Pruning:
+        if self.threshold != "empirical" and self.policy not in ("homogeneous", "heterogeneous"):
+            raise _error_at("threshold", f"is for the policies homogeneous and heterogeneous (got {self.policy!r})")
+        if self.policy != "heterogeneous":
+            for key, default in (("min_sparsity", 0.0), ("max_sparsity", 0.99)):
+                if getattr(self, key) != default:
+                    raise _error_at(key, f"is for the policy heterogeneous (got {self.policy!r})")
+        elif not self.min_sparsity <= self.sparsity <= self.max_sparsity:
+            limits = f"from min_sparsity {self.min_sparsity:g} to max_sparsity {self.max_sparsity:g}"
+            raise _error_at("sparsity", f"must be {limits} (got {self.sparsity:g})")
+        return self
 
 
 def _known_codec(name: str) -> str:
@@ -544,7 +568,7 @@ class GradientSpec(TensorSpec):
     """How neural gradients are represented, and pruned before that."""
 
     pruning: Pruning | None = None
-    """Stochastic pruning of the neural gradients; null for none."""
+    """Pruning of the neural gradients; null for none."""
 
     @model_validator(mode="after")
     def _one_scale_holds_alpha(self) -> GradientSpec:

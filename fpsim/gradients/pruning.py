@@ -1,7 +1,8 @@
 """Pruning of one layer's neural gradients over a run: the threshold, when it is renewed, and what it achieved.
 
-The scale of dY changes from batch to batch, its shape slowly. So the empirical rule keeps, between renewals, the ratio
-of alpha to the S-quantile of |dY| (S the sparsity asked for), and alpha follows the quantile of each tensor's sample.
+The scale of dY changes from batch to batch, its shape slowly. So rules that look at the sample itself keep, between
+renewals, the ratio of alpha to the S-quantile of |dY| (S the sparsity asked for), and alpha follows the quantile of
+each tensor's sample. Rules that fit a distribution keep alpha, as their papers do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,21 @@ from accel import Counts
 from fpsim.config.schema import Pruning
 from fpsim.gradients import thresholds
 
-RULES = {"empirical": thresholds.empirical, "lognormal": thresholds.lognormal}
+RULES = {
+    "empirical": thresholds.empirical,
+    "lognormal": thresholds.lognormal,
+    "laplace": thresholds.laplace,
+    "atp": thresholds.atp,
+    "topk": thresholds.quantile,
+    "topk_stochastic": thresholds.quantile,
+    "none": lambda sample, sparsity: 0.0,
+}
+FOLLOWING = ("empirical", "topk", "topk_stochastic")  # the quantile, between renewals
+
+
+def rule_of(spec: Pruning) -> str:
+    """The rule by which a policy finds thresholds."""
+    return spec.threshold if spec.policy in ("homogeneous", "heterogeneous") else spec.policy
 
 
 @dataclass
@@ -54,16 +69,19 @@ class LayerPruning:
     Beside the rule that prunes, the lognormal rule is followed once an epoch, as Chmiel et al. do, and what it would
     achieve is measured on the same samples.
 
-    alpha_kept: how +-alpha stays exact (`snap`, `reserved`, `streams`; see `accel.recommend`). bias, cosine: of the
+    alpha_kept: how +-alpha stays exact (`snap`, `reserved`, `streams`; see `accel.recommend`), `none` where there is
+    none. asked: the sparsity asked of this layer. renewed_at: the step of the threshold in force. bias, cosine: of the
     pruned and rounded gradient against the exact one, over the recorded steps.
     """
 
     spec: Pruning
     alpha_kept: str = "snap"
+    asked: float = math.nan
     alpha: float = 0.0
     quantile_ratio: float = 0.0  # alpha over the S-quantile when alpha was renewed
     lognormal_alpha: float | None = None
     next_renewal: int = 0  # the step at which alpha is renewed
+    renewed_at: int = -1
     epoch_is_new: bool = True
     achieved: Tally = field(default_factory=Tally)
     alpha_share: Tally = field(default_factory=Tally)
@@ -71,29 +89,35 @@ class LayerPruning:
     bias: Tally = field(default_factory=Tally)
     cosine: Tally = field(default_factory=Tally)
 
+    def __post_init__(self) -> None:
+        self.asked = self.spec.sparsity
+
     def threshold(self, sample: np.ndarray, step: int) -> float:
         """alpha for a tensor of a step, given a sample of it (finite): renewed when that is due."""
         is_due = self.spec.refresh_interval != "epoch" and step >= self.next_renewal
         if self.epoch_is_new or is_due:
             self._renew(sample, step)
-        elif self.spec.threshold == "empirical":
+        elif rule_of(self.spec) in FOLLOWING:
             self.alpha = self.quantile_ratio * self._quantile(sample)
         return self.alpha
 
-    def _quantile(self, sample: np.ndarray) -> float:
-        rank = int(self.spec.sparsity * sample.size)
-        return float(np.partition(np.abs(sample), rank)[rank])
-
-    def _renew(self, sample: np.ndarray, step: int) -> None:
-        sparsity = self.spec.sparsity
-        if self.epoch_is_new:
-            self.lognormal_alpha = thresholds.lognormal(sample, sparsity)
-        assert self.lognormal_alpha is not None
-        self.lognormal_rule.add(thresholds.expected_sparsity(sample, self.lognormal_alpha))
-        self.alpha = RULES[self.spec.threshold](sample, sparsity)
+    def ask(self, sparsity: float, sample: np.ndarray) -> None:
+        """From now on the layer is asked for another sparsity: alpha becomes what that calls for, given a sample."""
+        self.asked = sparsity
+        self.alpha = RULES[rule_of(self.spec)](sample, sparsity)
         quantile = self._quantile(sample)
         self.quantile_ratio = self.alpha / quantile if quantile else 0.0
-        self.epoch_is_new = False
+
+    def _quantile(self, sample: np.ndarray) -> float:
+        return thresholds.quantile(sample, self.asked)
+
+    def _renew(self, sample: np.ndarray, step: int) -> None:
+        if self.epoch_is_new:
+            self.lognormal_alpha = thresholds.lognormal(sample, self.asked)
+        assert self.lognormal_alpha is not None
+        self.lognormal_rule.add(thresholds.expected_sparsity(sample, self.lognormal_alpha))
+        self.ask(self.asked, sample)
+        self.epoch_is_new, self.renewed_at = False, step
         if self.spec.refresh_interval != "epoch":
             self.next_renewal = step + self.spec.refresh_interval
 
@@ -116,11 +140,12 @@ class LayerPruning:
         recorded ones: plain data for reports."""
         return {
             "layer": layer,
-            "asked_sparsity": self.spec.sparsity,
+            "asked_sparsity": self.asked,
             "achieved_sparsity": self.achieved.mean,
             "achieved_std": self.achieved.std,
             "lognormal_rule_sparsity": self.lognormal_rule.mean if self.lognormal_rule.count else None,
             "alpha_share_of_nonzeros": self.alpha_share.mean if self.alpha_share.count else None,
+            "alpha": self.alpha,
             "alpha_kept": self.alpha_kept,
             "bias": self.bias.mean if self.bias.count else None,
             "bias_standard_error": self.bias.standard_error if self.bias.count > 1 else None,

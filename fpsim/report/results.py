@@ -102,6 +102,7 @@ class PrunedGradient(TypedDict):
     achieved_std: float
     lognormal_rule_sparsity: float | None
     alpha_share_of_nonzeros: float | None
+    alpha: NotRequired[float]
     alpha_kept: NotRequired[str]
     bias: NotRequired[float | None]
     bias_standard_error: NotRequired[float | None]

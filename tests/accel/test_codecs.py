@@ -358,7 +358,7 @@ def tensors(draw: st.DrawFn, codec: str, fmt: Format) -> FLOAT:
 ANY_CODEC = [*NAMED, "alpha_entropy", "rle(1)", "rle(16)", "nm(1:4)", "nm(3:8)"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     codec=st.sampled_from(ANY_CODEC),
     block=st.sampled_from([4096, 4096, 64, 65536]),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import accel
-from fpsim.emulation import emulate
+from fpsim.emulation import Emulator, emulate
 from fpsim.errors import RunError
 from fpsim.scales import largest_magnitude, scale_of
 
@@ -116,3 +117,86 @@ def test_the_older_weight_norm_is_named_as_well():
         layer = nn.utils.weight_norm(nn.Linear(4, 4))
     with pytest.warns(UserWarning, match="stay float32: 0"):
         emulate(nn.Sequential(layer, nn.Linear(4, 4)), S)
+
+
+# --- what the ledger counts once -----------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Three layers that read one tensor, in the formats that overrides give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.q(h) + self.k(h) + self.v(h)
+
+
+EVERY_STEP: dict[str, Any] = {"ledger": {"every_steps": 1}}
+
+
+@pytest.mark.parametrize("other", ["q", "k", "v"])
+def test_a_tensor_is_written_once_in_each_format_whoever_reads_first(other: str) -> None:
+    model = Attention()
+    overrides = [{"match": other, "activations": {"format": "e5m2"}}]
+    handle = emulate(model, {"activations": {"format": "e4m3fn"}, "overrides": overrides, **EVERY_STEP})
+    model(torch.randn(16, 64)).sum().backward()
+    reads = [
+        r for r in handle.ledger.records if (r.role, r.pass_name) == ("activation", "forward") and r.layer in "qkv"
+    ]
+    assert [r.reads for r in reads] == [1, 1, 1]
+    assert sum(r.writes for r in reads) == sum(r.resident for r in reads) == 2
+
+
+def test_a_tensor_that_two_normalise_is_kept_once() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.first, self.second = nn.Linear(64, 64), nn.LayerNorm(64), nn.LayerNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.first(h) + self.second(h)
+
+    model = Branches()
+    handle = emulate(model, EVERY_STEP)
+    model(torch.randn(16, 64)).sum().backward()
+    kept = [r for r in handle.ledger.records if r.role == "norm_input"]
+    assert [(r.writes, r.reads, r.resident) for r in kept] == [
+        (1, 0, True),
+        (0, 1, False),
+        (0, 0, False),
+        (0, 1, False),
+    ]
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_step_that_begins_anew_counts_anew(is_interrupted: bool) -> None:
+    model, x = Attention(), torch.randn(16, 64)
+
+    def step(handle: Emulator) -> list[Any]:
+        model(x).sum().backward()
+        handle.step()
+        return handle.ledger.records
+
+    handle = emulate(model, EVERY_STEP)
+    expected = step(handle)
+    handle.detach()
+    handle = emulate(model, EVERY_STEP)
+    if is_interrupted:
+        stop = model.v.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        stop.remove()
+    else:
+        model(x)
+    handle.restart_step()
+    assert handle.ledger.records == []
+    assert step(handle) == expected
+    assert torch.utils._python_dispatch._len_torch_dispatch_stack() == 0
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -86,6 +86,15 @@ def test_raw_values_are_rounded_and_their_alpha_found(tmp_path: Path) -> None:
     assert (given.alpha, given.alphas) == (0.5, int((x.abs() == 0.5).sum()))
 
 
+def test_elements_that_are_not_finite_hide_no_rounding(tmp_path: Path) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    x[:2] = torch.tensor([torch.nan, torch.inf])
+    np.save(tmp_path / "x.npy", x.numpy())
+    (page,) = pages(tmp_path / "x.npy", "e4m3fn", None)
+    assert page.not_finite == 2
+    assert 0.01 < page.relative_error < 0.04
+
+
 @pytest.mark.parametrize("values", [np.zeros((0, 3)), np.zeros(5), np.array([np.nan, np.inf, 1.0]), np.array(3.0)])
 def test_odd_tensors(values: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", values.astype(np.float32))
@@ -116,6 +125,7 @@ def test_the_page_and_its_json(
         ("x.npy", b"\x93NUMPY", [], "x.npy: "),
         ("x.safetensors", b"hello, world", [], "x.safetensors: "),
         ("x.fpsm", b"FPSM" + zlib.compress(bytes(100)), [], "the stream"),
+        ("x.npy", "floats", ["--alpha=-1"], "--alpha: must be positive and finite in float32 (got -1)"),
         ("ints", "ints", [], "values must be float64, float32 or float16 (got int64)"),
         ("floats", "floats", ["--format", "e4m3fm"], "--format: unknown format 'e4m3fm' (did you mean 'e4m3fn'?)"),
         ("floats", "floats", ["--format", "mxfp4"], "--format: must be a scalar format (got the block format 'mxfp4')"),

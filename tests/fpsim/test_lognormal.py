@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from fpsim import lognormal
 
@@ -122,6 +123,53 @@ def test_simulated_pruning_agrees_within_five_standard_errors(sigma: float, spar
     assert abs(np.mean(squared_errors) - mean) < 5 * np.std(squared_errors) / np.sqrt(count)
 
 
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 1.0, 2.0, 4.0, 15.0])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.85, 0.99])
+def test_simulated_cosines_agree_within_five_standard_errors(sigma: float, sparsity: float) -> None:
+    """By importance: 1 / cos^2 = E[max(alpha x, x^2)] / E[x^2] is a mean of max(alpha / x, 1) where x^2 weights x."""
+    generator, count = np.random.default_rng(int(100 * sparsity + 1000 * sigma)), 200_000
+    alpha = float(lognormal.threshold(sparsity, 0.0, sigma))
+    logs = 2 * sigma**2 + sigma * generator.standard_normal(count)
+    ratios = np.maximum(alpha * np.exp(-logs), 1.0)
+    cosine = float(lognormal.cosine(alpha, 0.0, sigma))
+    assert abs(ratios.mean() - cosine**-2) <= 5 * ratios.std() / np.sqrt(count) + 1e-6
+    kept, share = logs > sigma * norm.ppf(sparsity), lognormal.top_k_cosine(sparsity, sigma) ** 2
+    assert abs(kept.mean() - share) <= 5 * np.sqrt(share * (1 - share) / count) + 1e-4
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+@pytest.mark.parametrize("sparsity", [0.3, 0.85])
+def test_measured_cosine_is_that_of_pruned_tensors(sigma: float, sparsity: float) -> None:
+    generator = np.random.default_rng(5)
+    x = generator.lognormal(MU, sigma, 400_000) * generator.choice([-1.0, 1.0], 400_000)
+    alpha = float(lognormal.threshold(sparsity, MU, sigma))
+    measured = lognormal.measured_cosine(x, alpha)
+    assert measured == pytest.approx(float(lognormal.cosine(alpha, MU, sigma)), rel=0.02)
+    pruned = np.where(np.abs(x) >= alpha, x, np.sign(x) * alpha * (generator.random(x.size) * alpha < np.abs(x)))
+    drawn = (x @ pruned) / np.linalg.norm(x) / np.linalg.norm(pruned)
+    assert measured == pytest.approx(float(drawn), rel=0.005)
+    assert lognormal.top_k_cosine(sparsity, sigma) > measured
+
+
+def test_measured_cosine_by_hand() -> None:
+    assert lognormal.measured_cosine([3.0, 0.0, -4.0], 0) == 1
+    assert lognormal.measured_cosine(torch.tensor([[1.0, -4.0]]), 2.0) == pytest.approx(np.sqrt(17 / 18))
+    assert lognormal.measured_cosine([1e-200, -4e-200], 2e-200) == pytest.approx(np.sqrt(17 / 18))
+    assert np.isnan(lognormal.measured_cosine([0.0, 0.0], 1.0))
+
+
+def test_top_k_cosine_in_closed_cases() -> None:
+    assert lognormal.top_k_cosine(0, 1.0) == 1
+    np.testing.assert_allclose(lognormal.top_k_cosine(0.5, [1e-9, 1.0]), np.sqrt([0.5, norm.cdf(2.0)]), rtol=1e-8)
+
+
+def test_threshold_is_found_on_all_of_the_stated_range() -> None:
+    sigma, sparsity = np.meshgrid(np.geomspace(0.05, 15, 200), np.append(np.linspace(0.01, 0.99, 99), [0.995, 0.999]))
+    alpha = lognormal.threshold(sparsity, 0.0, sigma)
+    assert (np.diff(alpha, axis=0) > 0).all()
+    np.testing.assert_allclose(lognormal.sparsity(alpha, 0.0, sigma), sparsity, rtol=1e-11)
+
+
 @FIXED
 @given(
     sparsity=st.floats(0.01, 0.999),
@@ -222,7 +270,7 @@ def test_fit_takes_torch_tensors(dtype: torch.dtype) -> None:
 
 
 def test_import_does_not_need_torch() -> None:
-    code = "import sys, fpsim.lognormal, fpsim.gradients.thresholds; sys.exit('torch' in sys.modules)"
+    code = "import sys, fpsim.lognormal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -232,6 +280,9 @@ def test_import_does_not_need_torch() -> None:
         (lambda: lognormal.fit([1.0, np.nan, -np.inf]), "x must be finite, got 1 NaN and 1 infinite of 3 elements"),
         (lambda: lognormal.fit([]), "x must have at least one element"),
         (lambda: lognormal.sparsity([1.0, -2.0], 0, 1), r"alpha must be finite and >= 0, got -2\.0"),
+        (lambda: lognormal.measured_cosine([1.0], -1), r"alpha must be finite and >= 0, got -1\.0"),
+        (lambda: lognormal.top_k_cosine(1, 1), r"sparsity must be in \[0, 1\), got 1\.0"),
+        (lambda: lognormal.top_k_cosine(0.5, 0), r"sigma must be finite and > 0, got 0\.0"),
         (lambda: lognormal.cosine(np.nan, 0, 1), "alpha must be finite and >= 0, got nan"),
         (lambda: lognormal.mean_squared_error(1, np.inf, 1), "mu must be finite, got inf"),
         (lambda: lognormal.symbol_shares(1, 0, 0), r"sigma must be finite and > 0, got 0\.0"),

@@ -319,6 +319,7 @@ def test_a_summary_counts_what_was_recorded() -> None:
         "achieved_std": pytest.approx(math.sqrt((0.0625 + 0 + 0.0625) / 3)),
         "lognormal_rule_sparsity": 0.5,
         "alpha_share_of_nonzeros": 0.625,  # (3/4 + 1/2) / 2: a step without nonzeros has no share
+        "alpha": 2.0,
         "alpha_kept": "snap",
         "bias": None,
         "bias_standard_error": None,

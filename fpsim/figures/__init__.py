@@ -1,0 +1,54 @@
+"""The source's figures, measured again: `reproduce` writes one's numbers as JSON and CSV, and its picture as PNG.
+
+A figure is one entry in FIGURES: a function that measures rows of numbers, and one that draws them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+
+from fpsim.figures import float_choice
+from fpsim.figures.figure import Figure, Measured
+from fpsim.files import write_bytes, write_json, write_text
+from fpsim.report.plots import STYLE
+
+FIGURES: dict[str, Figure] = {figure.name: figure for figure in float_choice.FIGURES}
+
+__all__ = ["FIGURES", "Figure", "Measured", "reproduce"]
+
+
+def reproduce(name: str, folder: Path) -> list[Path]:
+    """Measure the figure `name` of FIGURES and write NAME.json, NAME.csv and NAME.png into `folder`: their paths.
+
+    Each is written whole or not at all; the folder is made where it is missing.
+    """
+    figure = FIGURES[name]
+    measured = figure.measure()
+    folder.mkdir(parents=True, exist_ok=True)
+    data, table, picture = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png"))
+    write_json(data, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
+    write_text(table, _csv(measured))
+    write_bytes(picture, _png(figure, measured))
+    return [data, table, picture]
+
+
+def _csv(measured: Measured) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(measured.rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(measured.rows)
+    return stream.getvalue()
+
+
+def _png(figure: Figure, measured: Measured) -> bytes:
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=figure.size_inches, layout="constrained")
+        figure.draw(canvas, measured)
+        picture = io.BytesIO()
+        canvas.savefig(picture, format="png", dpi=110, metadata={"Software": None})
+    return picture.getvalue()

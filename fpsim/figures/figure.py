@@ -1,0 +1,28 @@
+"""What a figure is: how its numbers are measured, and how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure as Canvas
+
+
+@dataclass(frozen=True)
+class Measured:
+    """rows: the numbers that are drawn, all with the same keys. results: what follows from them; both plain data."""
+
+    rows: list[dict[str, Any]]
+    results: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """name: as in the source, `fig3a`. title: what it shows, in a sentence. size_inches: width, height."""
+
+    name: str
+    title: str
+    measure: Callable[[], Measured]
+    draw: Callable[[Canvas, Measured], None]
+    size_inches: tuple[float, float] = (9.0, 5.0)
