@@ -594,7 +594,9 @@ def test_the_text_that_comes_with_python() -> None:
     dataset = load(text_spec(None, context=128), seed=0)
     assert "language reference shipped with Python 3" in dataset.description
     assert len(dataset.train) > 2000
-    assert 80 < dataset.classes < 300
+    assert 80 < dataset.classes < 256
+    learned = bytes(dataset.train.codes.tolist())
+    assert not any(bytes(sample.tolist()) in learned for sample in everything(dataset, "test")[0])
 
 
 def test_text_that_cannot_be_used(tmp_path: Path) -> None:
