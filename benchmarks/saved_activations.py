@@ -58,7 +58,7 @@ class Case:
     """A network and a batch."""
 
     model: str
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int]
     batch: int
     options: dict[str, Any]
 
@@ -79,10 +79,10 @@ class Trainer:
     def __init__(self, case: Case, configuration: dict[str, Any], seed: int = 0, words: int = 0) -> None:
         """seed: of weights and batch; words: of the emulation's random words."""
         torch.manual_seed(seed)
-        self.model = models.build(case.model, image_shape=case.image_shape, classes=10, **case.options)
+        self.model = models.build(case.model, input_shape=case.input_shape, classes=10, **case.options)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
         self.emulator: Emulator = emulate(self.model, configuration, seed=words, optimizer=self.optimizer)
-        self.images = torch.randn(case.batch, *case.image_shape)
+        self.images = torch.randn(case.batch, *case.input_shape)
         self.labels = torch.randint(0, 10, (case.batch,))
 
     def loss(self) -> Tensor:

@@ -52,7 +52,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 def training_step(shape: tuple[int, int, int], width: int, batch: int, accelerator: str | None) -> Callable[[], None]:
     """One step on a fixed batch: forward, backward, SGD update."""
     torch.manual_seed(0)
-    model = models.build("resnet18", image_shape=shape, classes=10, width=width)
+    model = models.build("resnet18", input_shape=shape, classes=10, width=width)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     emulator = None if accelerator is None else emulate(model, accelerator, optimizer=optimizer)
     images, labels = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))

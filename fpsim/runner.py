@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 import accel
 import models
@@ -46,6 +45,8 @@ from fpsim.progress import Progress
 from fpsim.training import (
     build_optimizer,
     check_gradients,
+    count_correct,
+    cross_entropy,
     data_order,
     evaluate,
     first_non_finite_layer,
@@ -128,7 +129,8 @@ class _Session:
         try:
             self.dataset = data.load(config.data, config.seed)
         except data.DataError as error:
-            raise config.problem("data.root" if hasattr(config.data, "root") else "data", str(error)) from error
+            key = next((f"data.{key}" for key in ("root", "path") if hasattr(config.data, key)), "data")
+            raise config.problem(key, str(error)) from error
         self.steps_per_epoch = len(self.dataset.train) // config.training.batch_size
         if self.steps_per_epoch == 0:
             raise config.problem(
@@ -139,7 +141,7 @@ class _Session:
         options = config.model.model_dump(exclude={"name"})
         try:
             self.model = models.build(
-                config.model.name, image_shape=self.dataset.image_shape, classes=self.dataset.classes, **options
+                config.model.name, input_shape=self.dataset.input_shape, classes=self.dataset.classes, **options
             )
         except ValueError as error:
             raise config.problem("model", str(error)) from error
@@ -290,7 +292,7 @@ def _train_step(session: _Session) -> dict[str, Any]:
     if step == session.total_steps - 1:
         emulator.sample_this_step()
     indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
-    images, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
+    inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
     factor = learning_rate_factor(training.schedule, step, session.steps_per_epoch, session.total_steps)
     learning_rate = training.optimizer.learning_rate * factor
     for group in session.optimizer.param_groups:
@@ -298,20 +300,20 @@ def _train_step(session: _Session) -> dict[str, Any]:
     session.optimizer.zero_grad()
     random_state = torch.get_rng_state()
     try:
-        logits = model(images)
-        loss = functional.cross_entropy(logits, labels)
+        logits = model(inputs)
+        loss = cross_entropy(logits, labels)
         loss_value = float(loss.detach())
         if not math.isfinite(loss_value):
             raise NonFiniteError("loss", "(last)", step)
     except NonFiniteError as error:
         emulator.restart_step()
-        layer = first_non_finite_layer(model, images, random_state)
+        layer = first_non_finite_layer(model, inputs, random_state)
         raise error if layer is None else NonFiniteError("output", layer, step) from None
     loss.backward()
     check_gradients(model, step)
     session.optimizer.step()
     emulator.step()
-    correct = int((logits.detach().argmax(1) == labels).sum())
+    correct = count_correct(logits, labels)
     session.epoch_loss += loss_value
     session.epoch_correct += correct
     session.step += 1
@@ -321,7 +323,7 @@ def _train_step(session: _Session) -> dict[str, Any]:
         "epoch": epoch + 1,
         "learning_rate": learning_rate,
         "loss": loss_value,
-        "accuracy_percent": 100 * correct / batch,
+        "accuracy_percent": 100 * correct / labels.numel(),
         "gradient_sparsity": emulator.gradient_sparsity,
     }
     session.progress.step(row)
@@ -333,7 +335,8 @@ def _end_epoch(session: _Session, row: dict[str, Any]) -> dict[str, Any]:
     test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
     if not math.isfinite(test_loss):
         raise NonFiniteError("test loss", "(last)", session.step)
-    seen = session.steps_per_epoch * session.config.training.batch_size
+    batch, per_sample = session.config.training.batch_size, session.dataset.labels_per_sample
+    seen = session.steps_per_epoch * batch * per_sample
     end = {
         "epoch": row["epoch"],
         "step": session.step,

@@ -64,21 +64,32 @@ def data_order(seed: int, epoch: int, samples: int) -> Tensor:
     return torch.randperm(samples, generator=generator(seed, "order", epoch))
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Of logits [..., classes] by labels [...]: an image has one label, a text one at every character."""
+    return functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> int:
+    """How many of labels [...] have the largest of their logits [..., classes]."""
+    return int((logits.detach().argmax(-1) == labels).sum())
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
-    loss, correct = 0.0, 0
+    loss, correct, count = 0.0, 0, 0
     try:
         for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
-            images, labels = split.batch(indices)
-            logits = model(images)
-            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-            correct += int((logits.argmax(1) == labels).sum())
+            inputs, labels = split.batch(indices)
+            logits = model(inputs)
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
+            correct += count_correct(logits, labels)
+            count += labels.numel()
     finally:
         model.train(was_training)
-    return loss / len(split), 100 * correct / len(split)
+    return loss / count, 100 * correct / count
 
 
 def check_gradients(model: nn.Module, step: int) -> None:
@@ -93,8 +104,8 @@ def check_gradients(model: nn.Module, step: int) -> None:
 
 
 @torch.no_grad()
-def first_non_finite_layer(model: nn.Module, images: Tensor, random_state: Tensor) -> str | None:
-    """The first module whose output is NaN or infinite when the model runs on `images`; None when all are finite.
+def first_non_finite_layer(model: nn.Module, inputs: Tensor, random_state: Tensor) -> str | None:
+    """The first module whose output is NaN or infinite when the model runs on `inputs`; None when all are finite.
 
     random_state: of torch, when the run under question began. The model is left as it was.
     """
@@ -112,7 +123,7 @@ def first_non_finite_layer(model: nn.Module, images: Tensor, random_state: Tenso
     try:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(random_state)
-            model(images)
+            model(inputs)
     except NonFiniteError:
         pass
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-STEMS = ("cifar", "imagenet")
+from models.options import STEMS, check_stem, check_width
 
 
 class BasicBlock(nn.Module):
@@ -39,10 +39,8 @@ class ResNet18(nn.Module):
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int, width: int = 64, stem: str = "cifar") -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
-        if stem not in STEMS:
-            raise ValueError(f"unknown stem: {stem!r} (allowed: {', '.join(STEMS)})")
+        check_width(width)
+        check_stem("resnet18", stem, image_shape, dict.fromkeys(STEMS, 1))
         channels = image_shape[0]
         if stem == "cifar":
             self.conv1 = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)

@@ -398,6 +398,7 @@ _REQUIREMENTS = {
     "list_type": "must be a list",
     "model_attributes_type": "must be a mapping",
     "model_type": "must be a mapping",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "string_pattern_mismatch": "must match {pattern}",
     "string_too_short": "must not be empty",
     "string_type": "must be a string",

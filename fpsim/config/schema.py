@@ -131,7 +131,21 @@ class Synthetic(_Data):
     """Channels per image."""
 
 
-Data = Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic
+class Text(Section):
+    name: Literal["text"] = "text"
+    """A text of any language: the next character is learned."""
+    path: str | None = Field(None, min_length=1)
+    """UTF-8 text file, relative to the current directory; null for the reference of the Python language that comes with
+    Python."""
+    context: PositiveInt = 128
+    """Characters of a sample."""
+    train_limit: PositiveInt | None = None
+    """Use only the first N training samples; null for all."""
+    test_limit: PositiveInt | None = None
+    """Use only the first N test samples; null for all."""
+
+
+Data = Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic | Text
 
 
 # --- model --------------------------------------------------------------------------------------------------------
@@ -158,7 +172,54 @@ class ResNet18(Section):
     """cifar: one 3x3 convolution; imagenet: a 7x7 convolution of stride 2 and a max pool."""
 
 
-Model = Mlp | LeNet | ResNet18
+class Vgg16(Section):
+    name: Literal["vgg16"] = "vgg16"
+    """VGG16 with batch normalisation, for images of at least 32x32 pixels."""
+    width: PositiveInt = 64
+    """Channels of the first stage."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: one linear layer after the convolutions; imagenet: three, with dropout."""
+
+
+class DenseNet121(Section):
+    name: Literal["densenet121"] = "densenet121"
+    """DenseNet121."""
+    width: int = Field(64, ge=2, multiple_of=2)
+    """Channels after the stem, twice the growth rate."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: one 3x3 convolution, for images of at least 8x8 pixels; imagenet: a 7x7 convolution of stride 2 and a max
+    pool, for at least 29x29."""
+
+
+class MobileNetV2(Section):
+    name: Literal["mobilenet_v2"] = "mobilenet_v2"
+    """MobileNetV2: depthwise convolutions."""
+    width: int = Field(32, ge=8, multiple_of=8)
+    """Channels after the stem: 32 times the width multiplier."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """imagenet: stride 2 in the stem and in the second stage; cifar: stride 1."""
+
+
+class Gpt(Section):
+    name: Literal["gpt"] = "gpt"
+    """A causal transformer in the form of GPT-2, for data text."""
+    layers: PositiveInt = 4
+    """Blocks of attention and perceptron."""
+    heads: PositiveInt = 4
+    """Attention heads of a block; divides width."""
+    width: PositiveInt = 128
+    """Numbers that represent a character between blocks."""
+    context: PositiveInt | None = None
+    """Longest text that it takes, in characters; null for that of the data."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Gpt:
+        if self.width % self.heads:
+            raise _error_at("heads", f"must divide the width of {self.width} (got {self.heads})")
+        return self
+
+
+Model = Mlp | LeNet | ResNet18 | Vgg16 | DenseNet121 | MobileNetV2 | Gpt
 
 
 # --- training -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Image sets: what ships inside installed packages, and readers of local files in their published layouts."""
+"""Data sets: what ships inside installed packages, and readers of local images and text."""
 
 from __future__ import annotations
 

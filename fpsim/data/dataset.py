@@ -1,4 +1,4 @@
-"""Train and test splits as batches of normalised float32 images."""
+"""Train and test splits as batches: normalised float32 images and their labels, or text and its next characters."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ STATISTICS_CHUNK = 4096  # images
 
 
 class Split(Protocol):
-    """Labelled images, read by index."""
+    """Samples of images or text, read by index."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Images float32 [B, C, H, W], normalised, and labels int64 [B], for `indices` int64 [B].
 
+        Of a text: characters int64 [B, T], and as labels the character after each, int64 [B, T].
         `generator` (CPU) augments the images of a split that augments: a function of its state alone. None: as stored.
         """
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of an image set.
+    """Both splits of a data set.
 
-    classes: number of labels; image_shape: (C, H, W) of every image; description: where the images come from, how many
-    there are, and what is missing.
+    classes: number of different labels; input_shape: (C, H, W) of every image, or (T,) of every piece of text;
+    labels_per_sample: 1 of an image, T of a piece of text; description: where the samples come from, how many there
+    are, and what is missing.
     """
 
     name: str
     train: Split
     test: Split
     classes: int
-    image_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     description: str
+    labels_per_sample: int = 1
 
 
 @dataclass(frozen=True)

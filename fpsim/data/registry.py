@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fpsim.data import builtin, cifar, idx, imagefolder
+from fpsim.data import builtin, cifar, idx, imagefolder, text
 from fpsim.data.dataset import Dataset, TensorSplit, channel_statistics, limited
 from fpsim.data.errors import DataError
 from fpsim.data.source import IntegerArray, LabelledImages, Source
@@ -30,33 +30,41 @@ NEVER_FLIPPED = ("mnist5k", "digits", "mnist")  # a mirrored digit is another si
 
 
 def names() -> list[str]:
-    """The image sets that `load` knows."""
-    return [*READERS, "imagefolder"]
+    """The data sets that `load` knows."""
+    return [*READERS, "imagefolder", "text"]
 
 
 def load(spec: Any, seed: int) -> Dataset:
-    """The image set that `spec`, the `data` section of a configuration, describes.
+    """The data set that `spec`, the `data` section of a configuration, describes.
 
     spec.name is one of `names()`; spec.root the folder of a set of files; spec.train_limit and spec.test_limit keep at
-    most that many images of a fixed shuffle (None: all); spec.augment augments train batches. `seed` only draws the
-    synthetic set: which images any other set holds, and their order, never depends on it.
-    Sets in memory are normalised with the train split's own mean and standard deviation, imagefolder with ImageNet's.
+    most that many samples of a fixed shuffle (None: all); spec.augment augments train batches; spec.path and
+    spec.context are those of `text.read`. `seed` only draws the synthetic set: which samples any other set holds, and
+    their order, never depends on it.
+    Images in memory are normalised with the train split's own mean and standard deviation, imagefolder with ImageNet's.
     Raises DataError for an unknown name and for files that are missing, unreadable or damaged.
     """
     if spec.name not in names():
         nearest = get_close_matches(spec.name, names(), n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise DataError(f"data.name: unknown image set {spec.name!r} (allowed: {', '.join(names())}){hint}")
+        raise DataError(f"data.name: unknown data set {spec.name!r} (allowed: {', '.join(names())}){hint}")
     try:
         if spec.name == "imagefolder":
             return imagefolder.read(_root(spec), spec.image_size, spec.train_limit, spec.test_limit, spec.augment)
+        if spec.name == "text":
+            path = None if spec.path is None else _absolute(spec.path)
+            return text.read(path, spec.context, spec.train_limit, spec.test_limit)
         return _in_memory(spec, READERS[spec.name](spec, seed))
     except OSError as error:
         raise DataError(f"data: cannot read {error.filename}: {error.strerror}") from error
 
 
 def _root(spec: Any) -> Path:
-    return Path(spec.root).expanduser().absolute()
+    return _absolute(spec.root)
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()
 
 
 def _in_memory(spec: Any, source: Source) -> Dataset:
@@ -72,7 +80,7 @@ def _in_memory(spec: Any, source: Source) -> Dataset:
         train=TensorSplit(train_images, _tensor(train.labels).long(), mean, std, spec.augment, flip),
         test=TensorSplit(_tensor(test.images), _tensor(test.labels).long(), mean, std, augment=False, flip=False),
         classes=source.classes,
-        image_shape=(channels, height, width),
+        input_shape=(channels, height, width),
         description=f"{spec.name}: {source.provenance}; {_count(train, source.train)} train / "
         f"{_count(test, source.test)} test images of {channels}x{height}x{width}, {source.classes} classes",
     )

@@ -217,7 +217,7 @@ emulation:
     assert problems(write(text)) == [
         "c.yaml:2:1: modle: unknown key; did you mean 'model'?",
         "c.yaml:3:14: data.name: must be 'mnist5k', 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', "
-        "'imagefolder' or 'synthetic' (got 'mnist5l'); did you mean 'mnist5k'?",
+        "'imagefolder', 'synthetic' or 'text' (got 'mnist5l'); did you mean 'mnist5k'?",
         "c.yaml:4:25: model.widht: unknown key; did you mean 'width'?",
         "c.yaml:4:41: model.stem: must be 'cifar' or 'imagenet' (got 'cifr'); did you mean 'cifar'?",
         "c.yaml:5:1: training.batch_size: missing; this key is required",
@@ -259,6 +259,8 @@ emulation:
         ({"data": {"name": "digits", "root": "x"}}, "data.root", "unknown key"),
         ({"model": "resnet18"}, "model", "must be a mapping (got 'resnet18')"),
         ({"model": {"name": "mlp", "hidden": 3}}, "model.hidden", "must be a list (got 3)"),
+        ({"model": {"name": "densenet121", "width": 9}}, "model.width", "must be a multiple of 2 (got 9)"),
+        ({"model": {"name": "gpt", "width": 8, "heads": 3}}, "model.heads", "must divide the width of 8 (got 3)"),
         ({"emulation": {"acelerator": "x"}}, "emulation.acelerator", "unknown key; did you mean 'accelerator'?"),
         ({"extend": "x"}, "extend", "unknown key; did you mean 'extends'?"),
         (

@@ -59,7 +59,7 @@ def test_fixed_shuffle_never_changes() -> None:
 
 
 def test_mnist5k_is_split_into_400_and_100_of_each_digit(mnist5k) -> None:
-    assert mnist5k.image_shape == (1, 28, 28)
+    assert mnist5k.input_shape == (1, 28, 28)
     assert mnist5k.train.labels.bincount().tolist() == [400] * 10
     assert mnist5k.test.labels.bincount().tolist() == [100] * 10
     assert "4,000 train / 1,000 test" in mnist5k.description
@@ -79,7 +79,7 @@ def test_the_splits_hold_every_image_of_the_source_once(mnist5k, digits) -> None
 
 def test_digits_are_split_within_one_image_of_each_share(digits) -> None:
     train, test = digits.train.labels.bincount(), digits.test.labels.bincount()
-    assert (len(digits.train), len(digits.test), digits.image_shape) == (1437, 360, (1, 8, 8))
+    assert (len(digits.train), len(digits.test), digits.input_shape) == (1437, 360, (1, 8, 8))
     assert ((test - (train + test) * 360 / 1797).abs() < 1).all()
 
 
@@ -129,7 +129,7 @@ def test_synthetic_is_balanced_and_drawn_by_the_seed() -> None:
     assert torch.equal(first.train.images, again.train.images)
     assert not torch.equal(first.train.images, other.train.images)
     assert first.train.labels.bincount().tolist() == [17, 17, 16]
-    assert (first.classes, first.image_shape, len(first.test)) == (3, (3, 12, 12), 20)
+    assert (first.classes, first.input_shape, len(first.test)) == (3, (3, 12, 12), 20)
     many = load(synthetic(train_samples=400, classes=400, image_size=1), seed=0)
     assert many.train.labels.tolist() == list(range(400))
 
@@ -206,7 +206,7 @@ def test_idx_sets(tmp_path, name, separator, suffix) -> None:
     assert np.array_equal(dataset.train.images[:, 0].numpy(), arrays["train"])
     assert np.array_equal(dataset.test.images[:, 0].numpy(), arrays["t10k"])
     assert dataset.test.labels.tolist() == [i % 10 for i in range(15)]
-    assert (dataset.classes, dataset.image_shape) == (10, (1, 28, 28))
+    assert (dataset.classes, dataset.input_shape) == (10, (1, 28, 28))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_cifar10_binary_reads_the_batches_that_are_there(tmp_path, root_is) -> N
     assert np.array_equal(dataset.train.images.flatten(1), np.concatenate([pixels for pixels, _ in train]))
     assert np.array_equal(dataset.train.labels, np.concatenate([labels for _, labels in train]))
     assert np.array_equal(dataset.test.images.flatten(1), arrays["test_batch.bin"][0])
-    assert (dataset.classes, dataset.image_shape) == (10, (3, 32, 32))
+    assert (dataset.classes, dataset.input_shape) == (10, (3, 32, 32))
     assert "2 of 5 train batches (missing: data_batch_2.bin, data_batch_3.bin, data_batch_5.bin)" in dataset.description
 
 
@@ -464,7 +464,7 @@ def test_imagefolder(tmp_path, test_name) -> None:
     write_folder(tmp_path, test_name)
     (tmp_path / "train" / "red" / "notes.txt").write_text("not an image")
     dataset = load(spec("imagefolder", tmp_path, image_size=10), seed=0)
-    assert (dataset.classes, dataset.image_shape) == (2, (3, 10, 10))
+    assert (dataset.classes, dataset.input_shape) == (2, (3, 10, 10))
     images, labels = everything(dataset, "train")
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -550,5 +550,63 @@ def test_missing_paths_say_what_is_there_and_what_is_expected(tmp_path) -> None:
 
 def test_unknown_name_suggests_the_nearest() -> None:
     assert "imagefolder" in names()
-    with pytest.raises(DataError, match=r"unknown image set 'cifar11' \(allowed: .*\); did you mean 'cifar10'"):
+    with pytest.raises(DataError, match=r"unknown data set 'cifar11' \(allowed: .*\); did you mean 'cifar10'"):
         load(spec("cifar11"), seed=0)
+
+
+# Text
+
+
+def text_spec(path: Path | None, **fields: Any) -> SimpleNamespace:
+    whole = {"path": None if path is None else str(path), "context": 5, "train_limit": None, "test_limit": None}
+    return SimpleNamespace(**{"name": "text", **whole, **fields})
+
+
+def characters(codes: torch.Tensor, text: str) -> str:
+    return "".join(sorted(set(text))[code] for code in codes.tolist())
+
+
+def test_text_is_cut_into_samples_whose_labels_are_the_next_characters(tmp_path: Path) -> None:
+    text = "".join(RANDOM.choice(list("abcdé\n"), 200))
+    (tmp_path / "verse.txt").write_text(text, encoding="utf-8", newline="")
+    dataset = load(text_spec(tmp_path / "verse.txt"), seed=0)
+    assert (dataset.classes, dataset.input_shape, dataset.labels_per_sample) == (6, (5,), 5)
+    assert "verse.txt; 200 characters, 6 different ones; 35 train / 3 test samples of 5" in dataset.description
+    for split, stretch in ((dataset.train, text[:180]), (dataset.test, text[180:])):
+        inputs, labels = split.batch(torch.arange(len(split)))
+        assert inputs.dtype == labels.dtype == torch.int64
+        assert len(split) == (len(stretch) - 1) // 5
+        for i in range(len(split)):
+            assert characters(inputs[i], text) == stretch[5 * i : 5 * i + 5]
+            assert characters(labels[i], text) == stretch[5 * i + 1 : 5 * i + 6]
+
+
+def test_text_limits_keep_the_first_of_a_fixed_shuffle(tmp_path: Path) -> None:
+    (tmp_path / "verse.txt").write_text("".join(RANDOM.choice(list("abc"), 400)), encoding="utf-8")
+    whole = load(text_spec(tmp_path / "verse.txt"), seed=0)
+    small = load(text_spec(tmp_path / "verse.txt", train_limit=4, test_limit=2), seed=1)
+    assert (len(small.train), len(small.test)) == (4, 2)
+    chosen = torch.from_numpy(fixed_shuffle(len(whole.train))[:4])
+    assert torch.equal(everything(small, "train")[0], whole.train.batch(chosen)[0])
+
+
+def test_the_text_that_comes_with_python() -> None:
+    dataset = load(text_spec(None, context=128), seed=0)
+    assert "language reference shipped with Python 3" in dataset.description
+    assert len(dataset.train) > 2000
+    assert 80 < dataset.classes < 256
+    learned = bytes(dataset.train.codes.tolist())
+    assert not any(bytes(sample.tolist()) in learned for sample in everything(dataset, "test")[0])
+
+
+def test_text_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"verse\.txt: not found; .*expected data\.path to be a text file"):
+        load(text_spec(tmp_path / "verse.txt"), seed=0)
+    (tmp_path / "verse.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"verse\.txt: not UTF-8 text"):
+        load(text_spec(tmp_path / "verse.txt"), seed=0)
+    (tmp_path / "verse.txt").write_text("a" * 59)
+    with pytest.raises(DataError, match="of 59 characters is too short: a context of 5 needs at least 60"):
+        load(text_spec(tmp_path / "verse.txt"), seed=0)
+    (tmp_path / "verse.txt").write_text("a" * 60)
+    assert len(load(text_spec(tmp_path / "verse.txt"), seed=0).test) == 1

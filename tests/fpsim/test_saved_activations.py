@@ -86,9 +86,9 @@ def assert_exact(make: Callable[[], nn.Module], spec: dict[str, Any], **options:
 # --- training is the same, bit for bit ----------------------------------------------------------------------------
 
 NETWORKS: dict[str, dict[str, Any]] = {
-    "mlp": {"name": "mlp", "image_shape": (1, 8, 8), "hidden": [256, 128, 128]},
-    "lenet": {"name": "lenet", "image_shape": (1, 16, 16)},
-    "resnet18": {"name": "resnet18", "image_shape": (3, 12, 12), "width": 8},
+    "mlp": {"name": "mlp", "input_shape": (1, 8, 8), "hidden": [256, 128, 128]},
+    "lenet": {"name": "lenet", "input_shape": (1, 16, 16)},
+    "resnet18": {"name": "resnet18", "input_shape": (3, 12, 12), "width": 8},
 }
 
 
@@ -99,7 +99,7 @@ def trained(network: str, spec: dict[str, Any], steps: int = 2) -> tuple[dict[st
     handle = emulate(model, spec, seed=5, optimizer=optimizer)
     for _ in range(steps):
         optimizer.zero_grad()
-        images, labels = torch.randn(64, *NETWORKS[network]["image_shape"]), torch.randint(0, 10, (64,))
+        images, labels = torch.randn(64, *NETWORKS[network]["input_shape"]), torch.randint(0, 10, (64,))
         functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
         handle.step()
