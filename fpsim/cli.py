@@ -219,8 +219,19 @@ def recommend(
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig3a, fig3b, fig3c.")],
+    figure: Annotated[
+        str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, table1.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="fig2, fig4, table1: what to train on, such as fashion_mnist=FOLDER; else mnist5k. May be repeated "
+            "for table1.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the training of fig2, fig4, table1.")] = 0,
 ) -> None:
     """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""
     from fpsim import figures
@@ -228,7 +239,7 @@ def reproduce(
     if figure not in figures.FIGURES:
         raise _unknown("figure", figure, list(figures.FIGURES))
     print(figures.FIGURES[figure].title)
-    for path in figures.reproduce(figure, output):
+    for path in figures.reproduce(figure, output, data, seed):
         print(path)
 
 

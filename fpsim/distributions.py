@@ -11,15 +11,16 @@ loglaplace are of |x|, with distribution function G, and get the sample's share 
 
     F(x) = q (1 - G(-x)) for x < 0,    q + (1 - q) G(x) for x > 0
 
-so that q = 0 (a tensor of magnitudes) is the ordinary lognormal. Comparing a lognormal of |x| with a normal of the signed
-x would not be fair: where G fits both signs alike, D over |x| is max(1/q, 1/(1-q)) times D over x, twice for q = 1/2.
+so that q = 0 (a tensor of magnitudes) is the ordinary lognormal. Comparing a lognormal of |x| with a normal of the
+signed x would not be fair: where both signs have the same magnitudes, D over |x| is 1 / max(q, 1 - q) times D over x,
+twice for q = 1/2. To have it nevertheless, as the source may: `compare(abs(x))["lognormal"]`.
 
-The parameters are a location and a scale, of x or (lognormal, loglaplace) of ln|x|, in closed form but for the logistic:
+The parameters are a location and a scale, of x or (lognormal, loglaplace) of ln|x|, in closed form but for logistic:
 
     normal, lognormal      maximum likelihood: mean and standard deviation
     laplace, loglaplace    maximum likelihood: median and mean distance from it
     uniform                maximum likelihood: smallest, largest - smallest
-    logistic               maximum likelihood: Newton's method from the quartiles
+    logistic               maximum likelihood: 30 steps of Newton's method from median and mean distance
     cauchy                 robust, not maximum likelihood: median and half the distance between the quartiles
 
 Because the parameters come from the sample itself, D is smaller than the classical tables expect (Lilliefors 1967). All
@@ -155,8 +156,8 @@ def p_value(family: str, statistic: float, count: int, negative_share: float = 0
     """Probability of a D at least as large when `count` elements follow the family and it is fitted to them.
 
     By 1999 simulated samples: (1 + those as large) / 2000, so never below .0005. They have at most 512 elements; above
-    that D is scaled by sqrt(n) + .12 + .11 / sqrt(n) (Stephens 1974). negative_share, q in [0, 1], matters for lognormal
-    and loglaplace alone. nan for a statistic that is nan.
+    that D is scaled by sqrt(n) + .12 + .11 / sqrt(n) (Stephens 1974). negative_share, q in [0, 1], matters for
+    lognormal and loglaplace alone. nan for a statistic that is nan. ValueError for a count below 8.
     """
     if np.isnan(statistic):
         return np.nan
@@ -237,7 +238,7 @@ def _quartiles(rows: Floats) -> tuple[Floats, Floats]:
 
 
 def _logistic(rows: Floats) -> tuple[Floats, Floats]:
-    """Solves mean(tanh(z / 2)) = 0 and mean(z tanh(z / 2)) = 1, z = (x - location) / scale, one step for each in turn."""
+    """Solves mean(tanh(z / 2)) = 0 and mean(z tanh(z / 2)) = 1 for z = (x - location) / scale."""
     location, spread = _median_and_distance(rows)
     scale = np.where(spread > 0, spread, 1.0) / 2
     for _ in range(NEWTON_STEPS):
