@@ -180,6 +180,31 @@ def inspect(
 
 
 @app.command()
+def analyze(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .npy or a .safetensors file.")],
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one of a .safetensors file.")] = None,
+    bits: Annotated[int, typer.Option(help="Of the float to advise, its sign included.")] = 8,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros that pruning shall reach.")] = None,
+    cosine: Annotated[float | None, typer.Option(help="Cosine between the tensor and the pruned one.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf to write: densities, QQ plots.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which distribution tensors follow, and the format, scale and alpha that follow from it."""
+    from fpsim import analyze as verb
+    from fpsim.recommend import check_outputs
+
+    check_outputs(plot, None)
+    verb.check_options(bits, sparsity, cosine)
+    found = verb.pages(file, tensor, bits, sparsity, cosine)
+    if as_json:
+        print(json.dumps([verb.to_data(page) for page in found], indent=1, allow_nan=False))
+    else:
+        verb.show(found)
+    if plot is not None:
+        verb.save_plot(found, verb.tensors(file, tensor), plot)
+
+
+@app.command()
 def recommend(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A .npy or a .safetensors file.")] = None,
     lognormal: Annotated[

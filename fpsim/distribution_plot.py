@@ -69,7 +69,7 @@ def points(x: Any) -> list[dict[str, Any]]:
 def draw_panels(
     axes: Sequence[Axes], drawn: Sequence[dict[str, Any]], title: str, statistics: dict[str, float], color: str
 ) -> None:
-    """Draw the `points` of one tensor into four axes. statistics: D by family, of which normal and lognormal are shown."""
+    """Draw the `points` of one tensor into four axes. statistics: D by family; normal and lognormal are shown."""
     density, log2, *quantiles = axes
     for panel, one in zip(PANELS, axes, strict=True):
         rows = [row for row in drawn if row["panel"] == panel]

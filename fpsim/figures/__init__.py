@@ -37,11 +37,11 @@ def reproduce(name: str, folder: Path, data: list[str] | None = None, seed: int 
         raise ConfigError([Problem("--data", f"{name} takes no data (got {data[0]!r})")])
     measured = figure.measure(_datasets(figure, data or ["mnist5k"]), seed) if figure.datasets else figure.measure()
     folder.mkdir(parents=True, exist_ok=True)
-    data, table, picture = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png"))
-    write_json(data, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
+    numbers, table, picture = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png"))
+    write_json(numbers, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
     write_text(table, _csv(measured))
     write_bytes(picture, _png(figure, measured))
-    return [data, table, picture]
+    return [numbers, table, picture]
 
 
 def _datasets(figure: Figure, given: list[str]) -> list[Dataset]:

@@ -35,9 +35,9 @@ from fpsim.scales import sample
 from fpsim.training import data_order
 
 BATCH_SIZE = 64
-STEPS = 400
+STEPS = 200
 LEARNING_RATE = 0.05
-WIDTH = 16
+WIDTH = 8
 LAYERS = ("layer1.0.conv1", "layer4.1.conv1")
 SPARSITIES = (0.8, 0.9)
 PRUNED_LAYER = "layer3.0.conv2"
@@ -74,9 +74,16 @@ def train(network: str, dataset: Dataset, seed: int, steps: int, times: tuple[in
         for hook in hooks:
             hook.remove()
         if step in times:
-            weights = {name: layer.weight.grad.clone() for name, layer in layers.items()}  # type: ignore[union-attr]
+            weights = {name: gradient_of_weight(layer) for name, layer in layers.items()}
             yield Gradients(step, loss.item(), {name: outputs[name] for name in layers}, weights)
         optimizer.step()
+
+
+def gradient_of_weight(layer: nn.Module) -> Tensor:
+    """A copy of dW of a layer after backward."""
+    gradient = layer.get_parameter("weight").grad
+    assert gradient is not None
+    return gradient.clone()
 
 
 def _indices(dataset: Dataset, seed: int, step: int) -> Tensor:
@@ -168,7 +175,8 @@ def measure_fig4(datasets: list[Dataset], seed: int) -> Measured:
         }
     return Measured(
         rows,
-        {**_origin("resnet18", dataset, seed), "layer": PRUNED_LAYER, "step": found.step, "elements": x.numel(), "sparsities": results},
+        {**_origin("resnet18", dataset, seed), "layer": PRUNED_LAYER, "step": found.step, "elements": x.numel(),
+         "sparsities": results},
     )  # fmt: skip
 
 
@@ -234,7 +242,10 @@ def measure_table1(datasets: list[Dataset], seed: int) -> Measured:
                 rows[-1][f"{name} best in"] = sum(tensor["best"] == name for tensor in found)
                 rows[-1][f"{name} p > 0.05"] = sum(tensor["p_values"][name] > 0.05 for tensor in found)
             rows[-1]["two modes"] = sum(tensor["modes"] == "two modes" for tensor in found)
-            results[f"{network} {dataset.name}"] = found
+            kept = ("step", "layer", "zero_share", "mu", "sigma", "best", "modes")
+            results[f"{network} {dataset.name}"] = [
+                {key: tensor[key] for key in kept} | tensor["statistics"] for tensor in found
+            ]
     return Measured(rows, results)
 
 
