@@ -84,6 +84,7 @@ def draw_panels(
             largest = 1.08 * max(3.5, *np.abs(sample))
             one.set(xlim=(-3.7, 3.7), ylim=(-largest, largest))
     density.set_yscale("log")
+    density.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     lowest = min(row["sample"] for row in drawn if row["panel"] == "density" and row["sample"] > 0)
     density.set_ylim(bottom=lowest / 3)
     density.set_title(title, loc="left", fontsize=10, weight="bold")
@@ -91,8 +92,8 @@ def draw_panels(
     log2.set(xlabel="log2|x|", ylabel="density", ylim=(0, None))
     for name, one in zip(("normal", "lognormal"), quantiles, strict=True):
         one.set_title(f"{name}? D = {statistics[name]:.3f}", loc="left", fontsize=10)
-        one.set_xlabel(f"quantile of a {name}, in sigma")
-        one.set_ylabel("of x, in sigma" if name == "normal" else "of log2|x|, in sigma")
+        one.set_xlabel(f"quantiles of a {name} (sigma)", fontsize=9)
+        one.set_ylabel("of x (sigma)" if name == "normal" else "of log2|x| (sigma)", fontsize=9)
 
 
 def draw_legend(canvas: Canvas, color: str) -> None:

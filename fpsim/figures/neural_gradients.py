@@ -120,7 +120,7 @@ def measure_fig2(datasets: list[Dataset], seed: int) -> Measured:
 
 def draw_fig2(canvas: Canvas, measured: Measured) -> None:
     canvas.suptitle(
-        "Neural gradients (blue) are nearly lognormal, not normal; weight gradients (last row) beside them\n"
+        "Neural gradients dY (blue) are far from normal, nearer to lognormal, some with two modes; weight gradients dW\n"
         f"{_words(measured)}, step {measured.results['step']}; exact zeros left out",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
@@ -207,8 +207,8 @@ def draw_fig4(canvas: Canvas, measured: Measured) -> None:
         spike = max(row["after"] for row in rows)
         after.set(ylim=(0, top))
         after.annotate(
-            f"±alpha: {100 * found['+-alpha']:.1f} % of all\n({spike / top:.0f} times as high as this panel)"
-            if spike > top else f"±alpha: {100 * found['+-alpha']:.1f} % of all",
+            f"±alpha: {100 * found['+-alpha']:.1f} % of all\n({spike / top:.1f} times as high as the panel)"
+            if spike > 1.05 * top else f"±alpha: {100 * found['+-alpha']:.1f} % of all",
             (level, 0.97), xycoords=after.get_xaxis_transform(), xytext=(-6, 0), textcoords="offset points",
             ha="right", va="top", fontsize=9, color=COLORS[1],
         )  # fmt: skip
