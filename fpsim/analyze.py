@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import accel
 from fpsim import distribution_plot
 from fpsim.console import plain_console, print_table
-from fpsim.distributions import FAMILIES, SMALLEST_SAMPLE, Modes, compare, modes
+from fpsim.distributions import FAMILIES, SMALLEST_SAMPLE, Modes, best, compare, modes
 from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes
 from fpsim.float_choice import Lognormal, format_grid, grid_error
@@ -64,9 +64,9 @@ class FormatAdvice:
 
 @dataclass(frozen=True)
 class Page:
-    """What is known of one tensor. statistics, p_values: by family, None without a fit; mu, sigma: of ln|x|.
+    """What is known of one tensor. mu, sigma: of ln|x|; statistics, p_values: by family, None without a fit.
 
-    `too_few` says why a tensor with fewer than 8 nonzeros, or of one single magnitude, has no more than counts.
+    too_few: why a tensor with fewer than 8 nonzeros, or of one single magnitude, has no more than counts; None else.
     """
 
     name: str
@@ -74,15 +74,15 @@ class Page:
     elements: int
     zeros: int
     sampled: int
-    mu: float | None
-    sigma: float | None
-    statistics: dict[str, float | None]
-    p_values: dict[str, float | None]
-    best: str | None
-    modes: Modes | None
-    advice: FormatAdvice | None
-    thresholds: tuple[Threshold, ...]
-    too_few: str | None = None
+    too_few: str | None
+    mu: float | None = None
+    sigma: float | None = None
+    statistics: dict[str, float | None] = field(default_factory=dict)
+    p_values: dict[str, float | None] = field(default_factory=dict)
+    best: str | None = None
+    modes: Modes | None = None
+    advice: FormatAdvice | None = None
+    thresholds: tuple[Threshold, ...] = ()
 
 
 def pages(
@@ -126,24 +126,24 @@ def page(name: str, x: torch.Tensor, bits: int, sparsity: float | None, target: 
         fitted = fit(x)
     except ValueError as error:
         raise ConfigError([Problem(name, str(error))]) from None
-    zeros = round(fitted.zero_share * fitted.count)
     taken = sample(x, SAMPLE)
-    counts = {"name": name, "shape": tuple(x.shape), "elements": fitted.count, "zeros": zeros, "sampled": taken.numel()}
-    nonzeros = int((taken != 0).sum())
-    if nonzeros < SMALLEST_SAMPLE or not fitted.sigma > 0:
-        why = "one single magnitude" if nonzeros >= SMALLEST_SAMPLE else f"fewer than {SMALLEST_SAMPLE} nonzeros"
-        return Page(**counts, mu=None, sigma=None, statistics={}, p_values={}, best=None, modes=None, advice=None,
-                    thresholds=(), too_few=why)  # fmt: skip
+    zeros, nonzeros = round(fitted.zero_share * fitted.count), int((taken != 0).sum())
+    too_few = None
+    if nonzeros < SMALLEST_SAMPLE:
+        too_few = f"fewer than {SMALLEST_SAMPLE} nonzeros"
+    elif not fit(taken).sigma > 0:
+        too_few = "one single magnitude"
+    counted = Page(name, tuple(x.shape), fitted.count, zeros, taken.numel(), too_few)
+    if too_few is not None:
+        return counted
     compared = compare(taken)
-    statistics = {family: _plain(one.statistic) for family, one in compared.items()}
-    measured = {family: value for family, value in statistics.items() if value is not None}
-    return Page(
-        **counts,
+    return replace(
+        counted,
         mu=fitted.mu,
         sigma=fitted.sigma,
-        statistics=statistics,
+        statistics={family: _plain(one.statistic) for family, one in compared.items()},
         p_values={family: _plain(one.p_value) for family, one in compared.items()},
-        best=min(measured, key=lambda family: measured[family]),
+        best=best(compared).family,
         modes=modes(taken),
         advice=_advice(x, fitted.mu, fitted.sigma, bits),
         thresholds=_thresholds(x, fitted.mu, fitted.sigma, sparsity, target),
@@ -192,7 +192,11 @@ def to_data(page: Page) -> dict[str, Any]:
 
 def save_plot(found: list[Page], drawn: list[tuple[str, torch.Tensor]], path: Path) -> None:
     """Density, histogram of log2|x| and two QQ plots of the first six tensors; written whole or not at all."""
-    statistics = {page.name: page.statistics for page in found if page.too_few is None}
+    statistics = {
+        page.name: {family: np.nan if value is None else value for family, value in page.statistics.items()}
+        for page in found
+        if page.too_few is None
+    }
     shown = [(name, x) for name, x in drawn if name in statistics][:MOST_DRAWN]
     if not shown:
         raise ConfigError([Problem("--plot", "no tensor has enough different nonzeros to be drawn")])
@@ -247,14 +251,14 @@ def _advice(x: torch.Tensor, mu: float, sigma: float, bits: int) -> FormatAdvice
     lowest = np.floor(mean - grid.values[-1]) - NEAR_MEAN
     exponents = np.arange(lowest, np.ceil(mean - grid.values[0]) + NEAR_MEAN)
     errors = grid_error(grid, Lognormal(sigma / LN2), exponents - mean)
-    best = int(errors.argmin())
-    exponent = int(np.clip(exponents[best], -126, 127))
+    least = int(errors.argmin())
+    exponent = int(np.clip(exponents[least], -126, 127))
     taken = x[x != 0].float()
     taken = taken[taken != 0]
     rounded = accel.quantize(taken, fmt, scale=2.0**exponent)
     sizes = taken.double().abs()
     return FormatAdvice(
-        fmt.name, bits, exponent_bits, 2.0**exponent, float(errors[best]),
+        fmt.name, bits, exponent_bits, 2.0**exponent, float(errors[least]),
         float(((rounded.double() - taken.double()).abs() / sizes).mean()),
         float((sizes > fmt.max * 2.0**exponent).double().mean()), float((rounded == 0).double().mean()),
     )  # fmt: skip

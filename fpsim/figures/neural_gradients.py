@@ -120,7 +120,7 @@ def measure_fig2(datasets: list[Dataset], seed: int) -> Measured:
 
 def draw_fig2(canvas: Canvas, measured: Measured) -> None:
     canvas.suptitle(
-        "Neural gradients dY (blue) are far from normal, nearer to lognormal, some with two modes; weight gradients dW\n"
+        "Neural gradients dY (blue): far from normal, nearer to lognormal, some with two modes; weight gradients dW\n"
         f"{_words(measured)}, step {measured.results['step']}; exact zeros left out",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
