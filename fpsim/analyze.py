@@ -152,12 +152,13 @@ def page(name: str, x: torch.Tensor, bits: int, sparsity: float | None, target: 
 
 def sentence(page: Page) -> str:
     """What to do with the tensor, and how sure that is."""
-    if page.too_few is not None or page.advice is None:
+    if page.too_few is not None:
         return f"{page.name}: {page.too_few}: nothing to advise."
-    advice = page.advice
-    parts = [f"{page.name}: {_fit_words(page)}."]
+    parts, advice = [f"{page.name}: {_fit_words(page)}."], page.advice
     parts.append(
-        f"With {advice.bits} bits: {advice.format} ({advice.exponent_bits} exponent bits) at scale "
+        "No format: float32 does not reach all of its magnitudes."
+        if advice is None
+        else f"With {advice.bits} bits: {advice.format} ({advice.exponent_bits} exponent bits) at scale "
         f"2^{round(np.log2(advice.scale))}, mean relative error {advice.expected_error:.4f} expected of a lognormal, "
         f"{advice.measured_error:.4f} measured ({100 * advice.saturated:.2g} % saturate, "
         f"{100 * advice.underflown:.2g} % become 0)."
@@ -243,7 +244,11 @@ def _fit_words(page: Page) -> str:
     return words
 
 
-def _advice(x: torch.Tensor, mu: float, sigma: float, bits: int) -> FormatAdvice:
+def _advice(x: torch.Tensor, mu: float, sigma: float, bits: int) -> FormatAdvice | None:
+    """None where float32, in which the emulation computes, cannot hold the tensor."""
+    taken = x[x != 0].float()
+    if not bool(((taken != 0) & taken.isfinite()).all()):
+        return None
     exponent_bits = int(best_exponent_bits(bits, sigma / LN2))
     fmt = accel.Format(f"e{exponent_bits}m{bits - 1 - exponent_bits}", exponent_bits, bits - 1 - exponent_bits,
                        1 << (exponent_bits - 1), "finite")  # fmt: skip
@@ -253,8 +258,6 @@ def _advice(x: torch.Tensor, mu: float, sigma: float, bits: int) -> FormatAdvice
     errors = grid_error(grid, Lognormal(sigma / LN2), exponents - mean)
     least = int(errors.argmin())
     exponent = int(np.clip(exponents[least], -126, 127))
-    taken = x[x != 0].float()
-    taken = taken[taken != 0]
     rounded = accel.quantize(taken, fmt, scale=2.0**exponent)
     sizes = taken.double().abs()
     return FormatAdvice(

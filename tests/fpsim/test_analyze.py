@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from safetensors.torch import save_file
 
 from fpsim import figures
-from fpsim.analyze import pages
+from fpsim.analyze import pages, sentence, to_data
 from fpsim.cli import main
 from fpsim.lognormal import cosine
 
@@ -165,3 +165,25 @@ def test_missing_files_of_a_figure(
     _, err, code = run(capsys, monkeypatch, "reproduce", "fig2", "--data", f"fashion_mnist={tmp_path}/none")
     assert code == 1
     assert "not found" in err
+
+
+def test_tensors_at_the_edge_have_a_page(tmp_path: Path) -> None:
+    """Beyond float32, of one magnitude, in half precision, of integers' steps."""
+    random = np.random.default_rng(0)
+    x = np.exp(random.standard_normal(500))
+    cases = {
+        "tiny": x * 1e-300,
+        "one": np.where(random.random(500) < 0.5, 1.0, -1.0),
+        "half": x.astype(np.float16),
+        "steps": np.round(3 * random.standard_normal(500)),
+    }
+    found = {}
+    for name, values in cases.items():
+        np.save(tmp_path / f"{name}.npy", values)
+        (found[name],) = pages(tmp_path / f"{name}.npy", sparsity=0.8)
+        json.dumps(to_data(found[name]), allow_nan=False)
+    assert found["tiny"].best == "lognormal"
+    assert "No format: float32 does not reach" in sentence(found["tiny"])
+    assert found["one"].too_few == "one single magnitude"
+    assert found["half"].best == "lognormal"
+    assert found["steps"].zeros == int((cases["steps"] == 0).sum())
