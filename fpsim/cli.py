@@ -180,6 +180,31 @@ def inspect(
 
 
 @app.command()
+def analyze(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .npy or a .safetensors file.")],
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one of a .safetensors file.")] = None,
+    bits: Annotated[int, typer.Option(help="Of the float to advise, its sign included.")] = 8,
+    sparsity: Annotated[float | None, typer.Option(help="Share of zeros that pruning shall reach.")] = None,
+    cosine: Annotated[float | None, typer.Option(help="Cosine between the tensor and the pruned one.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf to write: densities, QQ plots.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which distribution tensors follow, and the format, scale and alpha that follow from it."""
+    from fpsim import analyze as verb
+    from fpsim.recommend import check_outputs
+
+    check_outputs(plot, None)
+    verb.check_options(bits, sparsity, cosine)
+    found = verb.pages(file, tensor, bits, sparsity, cosine)
+    if as_json:
+        print(json.dumps([verb.to_data(page) for page in found], indent=1, allow_nan=False))
+    else:
+        verb.show(found)
+    if plot is not None:
+        verb.save_plot(found, verb.tensors(file, tensor), plot)
+
+
+@app.command()
 def recommend(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A .npy or a .safetensors file.")] = None,
     lognormal: Annotated[
@@ -219,8 +244,19 @@ def recommend(
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig3a, fig3b, fig3c.")],
+    figure: Annotated[
+        str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, table1.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="fig2, fig4, table1: what to train on, such as fashion_mnist=FOLDER; else mnist5k. May be repeated "
+            "for table1.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the training of fig2, fig4, table1.")] = 0,
 ) -> None:
     """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""
     from fpsim import figures
@@ -228,7 +264,7 @@ def reproduce(
     if figure not in figures.FIGURES:
         raise _unknown("figure", figure, list(figures.FIGURES))
     print(figures.FIGURES[figure].title)
-    for path in figures.reproduce(figure, output):
+    for path in figures.reproduce(figure, output, data, seed):
         print(path)
 
 

@@ -19,10 +19,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Figure:
-    """name: as in the source, `fig3a`. title: what it shows, in a sentence. size_inches: width, height."""
+    """name: as in the source, `fig3a`. title: what it shows, in a sentence. size_inches: width, height.
+
+    datasets: the most image sets it trains on; measure takes a list of them and a seed, or nothing where that is 0.
+    """
 
     name: str
     title: str
-    measure: Callable[[], Measured]
+    measure: Callable[..., Measured]
     draw: Callable[[Canvas, Measured], None]
     size_inches: tuple[float, float] = (9.0, 5.0)
+    datasets: int = 0
