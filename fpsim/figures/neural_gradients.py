@@ -59,9 +59,7 @@ class Gradients:
 def train(network: str, dataset: Dataset, seed: int, steps: int, times: tuple[int, ...]) -> Iterator[Gradients]:
     """Train a network of NETWORKS for `steps` steps and yield the gradients of the steps `times` (counted from 0)."""
     torch.manual_seed(seed)
-    model = models.build(
-        network, image_shape=dataset.image_shape, classes=dataset.classes, **NETWORKS[network]
-    )  # fmt: skip
+    model = models.build(network, input_shape=dataset.input_shape, classes=dataset.classes, **NETWORKS[network])
     layers = matrix_layers(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4)
     for step in range(steps):
