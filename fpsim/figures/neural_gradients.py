@@ -10,7 +10,7 @@ with SGD (momentum 0.9, weight decay 5e-4), batches of 64, a constant learning r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ BATCH_SIZE = 64
 STEPS = 200
 LEARNING_RATE = 0.05
 WIDTH = 8
-LAYERS = ("layer1.0.conv1", "layer4.1.conv1")
+LAYERS = {"layer1.0.conv1": "layer1.0.bn1", "layer4.1.conv1": "layer4.1.bn1"}  # and the normalisation, then ReLU, after
 SPARSITIES = (0.8, 0.9)
 PRUNED_LAYER = "layer3.0.conv2"
 TABLE_TIMES = 5
@@ -48,16 +48,25 @@ BINS = 160
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of one step: dY and dW of every matrix layer, by name, in module order, and the loss before the update."""
+    """Of one step: dY and dW of every matrix layer, by name, in module order, and the loss before the update.
+
+    others: dY of the other modules that were asked for.
+    """
 
     step: int
     loss: float
     outputs: dict[str, Tensor]
     weights: dict[str, Tensor]
+    others: dict[str, Tensor]
 
 
-def train(network: str, dataset: Dataset, seed: int, steps: int, times: tuple[int, ...]) -> Iterator[Gradients]:
-    """Train a network of NETWORKS for `steps` steps and yield the gradients of the steps `times` (counted from 0)."""
+def train(
+    network: str, dataset: Dataset, seed: int, steps: int, times: tuple[int, ...], others: Collection[str] = ()
+) -> Iterator[Gradients]:
+    """Train a network of NETWORKS for `steps` steps and yield the gradients of the steps `times` (counted from 0).
+
+    others: modules besides the matrix layers whose dY is wanted.
+    """
     torch.manual_seed(seed)
     model = models.build(network, input_shape=dataset.input_shape, classes=dataset.classes, **NETWORKS[network])
     layers = matrix_layers(model)
@@ -65,7 +74,8 @@ def train(network: str, dataset: Dataset, seed: int, steps: int, times: tuple[in
     for step in range(steps):
         images, labels = dataset.train.batch(_indices(dataset, seed, step))
         outputs: dict[str, Tensor] = {}
-        hooks = [_watch(name, layer, outputs) for name, layer in layers.items()] if step in times else []
+        watched = {**layers, **{name: model.get_submodule(name) for name in others}} if step in times else {}
+        hooks = [_watch(name, layer, outputs) for name, layer in watched.items()]
         loss = functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -73,7 +83,10 @@ def train(network: str, dataset: Dataset, seed: int, steps: int, times: tuple[in
             hook.remove()
         if step in times:
             weights = {name: gradient_of_weight(layer) for name, layer in layers.items()}
-            yield Gradients(step, loss.item(), {name: outputs[name] for name in layers}, weights)
+            yield Gradients(
+                step, loss.item(), {name: outputs[name] for name in layers}, weights,
+                {name: outputs[name] for name in others},
+            )  # fmt: skip
         optimizer.step()
 
 
@@ -101,11 +114,15 @@ def _watch(name: str, layer: nn.Module, outputs: dict[str, Tensor]) -> torch.uti
 
 
 def measure_fig2(datasets: list[Dataset], seed: int) -> Measured:
-    """Rows: points of every panel of every tensor. Results: fit, D of the seven, modes, of every layer's dY and dW."""
+    """Rows: points of every panel of every tensor. Results: fit, D of the seven, modes, of every layer's dY and dW.
+
+    Also, of the layers drawn, the elements whose ReLU was off apart from those whose was on.
+    """
     (dataset,) = datasets
-    (found,) = train("resnet18", dataset, seed, STEPS, (STEPS - 1,))
+    (found,) = train("resnet18", dataset, seed, STEPS, (STEPS - 1,), LAYERS.values())
     shown = {f"dY of {name}": found.outputs[name] for name in LAYERS}
-    shown |= {f"dW of {LAYERS[-1]}": found.weights[LAYERS[-1]]}
+    last = list(LAYERS)[-1]
+    shown |= {f"dW of {last}": found.weights[last]}
     rows = [
         {"tensor": title, **point} for title, tensor in shown.items() for point in points(tensor)
     ]  # fmt: skip
@@ -113,7 +130,24 @@ def measure_fig2(datasets: list[Dataset], seed: int) -> Measured:
         kind: {name: _describe(tensor) for name, tensor in tensors.items()}
         for kind, tensors in (("dY", found.outputs), ("dW", found.weights))
     }
-    return Measured(rows, {**_origin("resnet18", dataset, seed), "step": found.step, "loss": found.loss, **described})
+    by_relu = {name: _by_relu(found.outputs[name], found.others[norm]) for name, norm in LAYERS.items()}
+    return Measured(
+        rows,
+        {**_origin("resnet18", dataset, seed), "step": found.step, "loss": found.loss, **described, "ReLU": by_relu},
+    )
+
+
+def _by_relu(gradient: Tensor, of_norm: Tensor) -> dict[str, dict[str, float]]:
+    """dY of a convolution where ReLU let nothing back to the normalisation between them, and elsewhere."""
+    found = {}
+    for state, chosen in (("off", of_norm == 0), ("on", of_norm != 0)):
+        part = gradient[chosen]
+        found[state] = {
+            "share": part.numel() / gradient.numel(),
+            "median of log2|x|": float(np.median(_logs(part))),
+            **{name: one.statistic for name, one in compare(sample(part)).items()},
+        }
+    return found
 
 
 def draw_fig2(canvas: Canvas, measured: Measured) -> None:
