@@ -53,8 +53,8 @@ def log2_statistics(x: torch.Tensor | npt.NDArray[np.floating]) -> Log2Statistic
     """Count, mean and standard deviation of log2|x| over the elements that are finite and not 0 (see above).
 
     x: a tensor or array of floats of any shape and strides; it is read in float32 (float64 rounded to it), and on the
-    CPU. The mean is exact to 1e-8 for 10^5 and more elements, to 1e-7 for few; the deviation likewise, relative to itself
-    or to 1, whichever is more. Raises TypeError for anything else.
+    CPU. The mean is exact to 1e-8 for 10^5 and more elements, to 1e-7 for few; the deviation likewise, relative to
+    itself or to 1, whichever is more. Raises TypeError for anything else.
     """
     flat = checked_tensor(x).detach().to("cpu", torch.float32).contiguous().view(-1)
     values = flat.numpy()
