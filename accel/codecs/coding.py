@@ -110,30 +110,13 @@ def unpack_blocks(
 
     offsets: where each block starts in data, and where the last one ends. CodecError where a block is wrong.
     """
-    if launch.backend(values) is not cpu:
-        if (loops := _gpu_loops(values, cut, fmt)) is not None:
-            there = [torch.tensor(array, device=values.device) for array in (data, offsets)]
-            found = loops.unpack_blocks(*there, cut, fmt, scale, alpha, values)
-            middles, faults = (tensor.cpu().numpy() for tensor in found)
-            _check(faults, first, offsets)
-            return int(middles.sum())
-        here = torch.empty(values.shape)
-        metadata = _unpack_here(data, offsets, cut, first, fmt, scale, alpha, here)
-        values.copy_(here)
-        return metadata
-    return _unpack_here(data, offsets, cut, first, fmt, scale, alpha, values)
-
-
-def _unpack_here(
-    data: npt.NDArray[np.uint8],
-    offsets: npt.NDArray[np.int64],
-    cut: Cut,
-    first: int,
-    fmt: Format,
-    scale: np.float32,
-    alpha: np.float32,
-    values: torch.Tensor,
-) -> int:
+    if (loops := _gpu_loops(values, cut, fmt)) is not None:
+        there = [torch.tensor(array, device=values.device) for array in (data, offsets)]
+        found = loops.unpack_blocks(*there, cut, fmt, scale, alpha, values)
+        middles, faults = (tensor.cpu().numpy() for tensor in found)
+        _check(faults, first, offsets)
+        return int(middles.sum())
+    here = values if values.device.type == "cpu" else torch.empty(values.shape)
     marks = alpha_of(alpha, cut, fmt)
     count = offsets.size - 1
     bounds = cut.bounds[first : first + count + 1]
@@ -146,10 +129,12 @@ def _unpack_here(
     run(
         unpacker(cut.codec.read, cut.codec.is_masked, method), count, data, offsets, bounds, _room(cut), scale, alpha,
         bool(alpha > 0), marks.has_codes, marks.code, marks.sign,
-        *cut.setting, values.numpy(), of_base, faults, *value_fields(fmt),
+        *cut.setting, here.numpy(), of_base, faults, *value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
     _check(faults, first, offsets)
+    if here is not values:
+        values.copy_(here)
     return int((middles if cut.codec.restore is not None else of_base).sum())
 
 
