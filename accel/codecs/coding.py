@@ -67,7 +67,7 @@ def pack_blocks(
     divisor, method, fields = as_codes(fmt, scale)
     marks = alpha_of(alpha, cut, fmt)
     run(
-        packer(cut.codec.write, method), cut.count, x, cut.bounds, _room(cut), divisor, scale,
+        packer(cut.codec.write, method), cut.count, _room(cut), x, cut.bounds, divisor, scale,
         marks.pattern, marks.is_tagged, marks.code, marks.sign, has_zero(fmt), *cut.setting,
         out, places, middles, ends, misfits, *value_fields(fmt), *fields,
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
@@ -127,7 +127,7 @@ def unpack_blocks(
     of_base = np.zeros(count, np.int64)
     _, method, _ = as_codes(fmt, scale)
     run(
-        unpacker(cut.codec.read, cut.codec.is_masked, method), count, data, offsets, bounds, _room(cut), scale, alpha,
+        unpacker(cut.codec.read, cut.codec.is_masked, method), count, _room(cut), data, offsets, bounds, scale, alpha,
         bool(alpha > 0), marks.has_codes, marks.code, marks.sign,
         *cut.setting, here.numpy(), of_base, faults, *value_fields(fmt),
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),

@@ -40,10 +40,11 @@ def _compress(typing_context, values, flags, index, kept, found):  # type: ignor
         vector = ir.VectorType(NUMBER, LANES)
         source = builder.bitcast(_place(context, builder, kinds[0], values, index), vector.as_pointer())
         mask, count = _mask(context, builder, kinds[1], flags, index)
-        target = builder.bitcast(_place(context, builder, kinds[3], kept, found), NUMBER.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [vector, target.type, mask.type])
-        store = get_or_insert_function(builder.module, kind, f"llvm.masked.compressstore.v{LANES}i32")
-        builder.call(store, [builder.load(source, align=4), target, mask])
+        target = builder.bitcast(_place(context, builder, kinds[3], kept, found), vector.as_pointer())
+        kind = ir.FunctionType(vector, [vector, vector, mask.type])
+        compress = get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.compress.v{LANES}i32")
+        packed = builder.call(compress, [builder.load(source, align=4), ir.Constant(vector, None), mask])
+        builder.store(packed, target, align=4)
         return count
 
     return types.uint64(values, flags, index, kept, found), emit
@@ -57,12 +58,13 @@ def _expand(typing_context, kept, found, flags, index, values):  # type: ignore[
         kept, found, flags, index, values = arguments
         kinds = signature.args
         vector = ir.VectorType(NUMBER, LANES)
-        source = builder.bitcast(_place(context, builder, kinds[0], kept, found), NUMBER.as_pointer())
+        source = builder.bitcast(_place(context, builder, kinds[0], kept, found), vector.as_pointer())
         mask, count = _mask(context, builder, kinds[2], flags, index)
-        kind = ir.FunctionType(vector, [source.type, mask.type, vector])
-        load = get_or_insert_function(builder.module, kind, f"llvm.masked.expandload.v{LANES}i32")
+        kind = ir.FunctionType(vector, [vector, vector, mask.type])
+        expand = get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.mask.expand.v{LANES}i32")
+        spread = builder.call(expand, [builder.load(source, align=4), ir.Constant(vector, None), mask])
         target = builder.bitcast(_place(context, builder, kinds[4], values, index), vector.as_pointer())
-        builder.store(builder.call(load, [source, mask, ir.Constant(vector, None)]), target, align=4)
+        builder.store(spread, target, align=4)
         return count
 
     return types.uint64(kept, found, flags, index, values), emit

@@ -10,7 +10,7 @@ import numpy as np
 
 from accel.codecs.bits import count_flags
 from accel.codecs.codec import ALPHA_UNKNOWN, FITS, TOO_LONG, VALUE, Setting, Work
-from accel.codecs.gather import compact, scatter
+from accel.codecs.gather import LANES, compact, scatter
 from accel.codecs.symbols import (
     NO_CODE,
     code_with_alpha,
@@ -30,10 +30,10 @@ from accel.words import bits_of
 PATTERNS = "patterns"  # the method by which float32 numbers are their own codes
 
 
-@scalar
+@numba.njit
 def work_for(room):  # type: ignore[no-untyped-def]
     """Arrays for blocks whose streams have up to `room` fields."""
-    words, size = room // 8 + 2, room + 1
+    words, size = room // 8 + 2, room + LANES
     tags_8, flags_8, signs_8 = np.empty(words, np.uint64), np.empty(words, np.uint64), np.empty(words, np.uint64)
     codes, fields, others = np.empty(size, np.uint32), np.empty(size, np.uint32), np.empty(size, np.uint32)
     return Work(
@@ -96,8 +96,13 @@ def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, ha
     return count, misfit
 
 
+def _with_work(start, stop, room, *arguments):  # type: ignore[no-untyped-def]
+    """The blocks from start to stop, by a loop that counts no references to its arrays."""
+    each_block(start, stop, work_for(room), *arguments)  # noqa: F821
+
+
 def _pack(  # type: ignore[no-untyped-def]
-    start, stop, x, bounds, room, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, has_zero,
+    start, stop, work, x, bounds, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, has_zero,
     bits, index_bits, row_length, first, second, out, places, middles, ends, misfits, *fields
 ):  # fmt: skip
     """Blocks one after another into out, from places[start] on; places, middles, ends: of each, in out.
@@ -107,7 +112,6 @@ def _pack(  # type: ignore[no-untyped-def]
     """
     v, p = Parameters(*fields[:VALUE_FIELDS]), PARAMETERS(*fields[VALUE_FIELDS:])  # noqa: F821
     setting = Setting(bits, index_bits, row_length, first, second)
-    work = work_for(room)
     position = places[start]
     for block in range(start, stop):
         piece = x[bounds[block] : bounds[block + 1]]
@@ -124,7 +128,7 @@ def _pack(  # type: ignore[no-untyped-def]
 
 
 def _unpack(  # type: ignore[no-untyped-def]
-    start, stop, data, offsets, bounds, room, factor, alpha, has_alpha, has_alpha_codes, alpha_code, sign_code,
+    start, stop, work, data, offsets, bounds, factor, alpha, has_alpha, has_alpha_codes, alpha_code, sign_code,
     bits, index_bits, row_length, first, second, out, middles, faults, *fields
 ):  # fmt: skip
     """The blocks' values into out. offsets: where each block starts in data, and where the last one ends.
@@ -133,7 +137,6 @@ def _unpack(  # type: ignore[no-untyped-def]
     """
     v = Parameters(*fields)
     setting = Setting(bits, index_bits, row_length, first, second)
-    work = work_for(room)
     rest = decoded(NO_CODE, factor, v)  # what the code 0 is: not 0 in every format
     for block in range(start, stop):
         low, end = offsets[block], offsets[block + 1]
@@ -171,15 +174,17 @@ def packer(write: Any, method: str) -> Kernel:
     code, record = (pattern_code, Parameters) if method == PATTERNS else METHODS[method][1:3]
     names = {"code_of": part(coded, f"coded_{method}", transform=code), **_decoding(method)}
     symbols = part(_symbols, f"symbols_{method}", **names)
-    return kernel(_pack, f"pack_{_codec_of(write)}_{method}", write=write, symbols=symbols, PARAMETERS=record)
+    name = f"pack_{_codec_of(write)}_{method}"
+    loop = part(_pack, f"{name}_loop", write=write, symbols=symbols, PARAMETERS=record)
+    return kernel(_with_work, name, each_block=loop)
 
 
 @cache
 def unpacker(read: Any, is_masked: bool, method: str) -> Kernel:
     """The loop that unpacks by a codec's `read` what a method has packed."""
     decoding = _decoding(method)
-    suffix = f"_{PATTERNS}" if decoding else ""
-    return kernel(_unpack, f"unpack_{_codec_of(read)}{suffix}", read=read, MASKED=is_masked, **decoding)
+    name = f"unpack_{_codec_of(read)}" + (f"_{PATTERNS}" if decoding else "")
+    return kernel(_with_work, name, each_block=part(_unpack, f"{name}_loop", read=read, MASKED=is_masked, **decoding))
 
 
 def _decoding(method: str) -> dict[str, Any]:

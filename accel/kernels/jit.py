@@ -90,7 +90,7 @@ def scalar(function: Callable[..., Any]) -> Any:
     Without the wrappers that calls from Python take, which are half of the time that compilation takes; only the
     simulator of CUDA makes such calls.
     """
-    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "no_cfunc_wrapper": True}
+    options: dict[str, Any] = {"error_model": "numpy", "forceinline": True, "no_cfunc_wrapper": True, "_nrt": False}
     return numba.njit(function, no_cpython_wrapper=not config.ENABLE_CUDASIM, **options)  # type: ignore[call-overload]
 
 
