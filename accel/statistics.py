@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba.core import types
+from numba.extending import intrinsic
 
 from accel.arguments import checked_tensor
 from accel.kernels.cpu import AHEAD, CHUNK, GROUP, prefetch, run
@@ -21,6 +23,7 @@ from accel.kernels.jit import kernel, scalar
 from accel.words import bits_of, float_of
 
 LANES = 64
+SPAN = 256  # elements between two additions of what the lanes of a vector have counted
 SQRT_HALF = np.uint32(0x3F3504F3)  # patterns
 INFINITY, MAGNITUDE, LEAST_NORMAL = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x00800000)
 EXPONENT_SHIFT = np.uint32(23)
@@ -77,6 +80,16 @@ def _centre(values: npt.NDArray[np.float32]) -> float:
     return float(np.round(np.log2(some).mean())) if some.size else 0.0
 
 
+@intrinsic
+def fused(typing_context, a, b, c):  # type: ignore[no-untyped-def]
+    """a b + c in float32, rounded once: on every processor, where a compiler's choice would make the bits differ."""
+
+    def emit(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
 @scalar
 def log2_of(magnitude):  # type: ignore[no-untyped-def]
     """log2 of a positive float32, in two parts: a whole number and the logarithm of what lies around 1."""
@@ -86,14 +99,14 @@ def log2_of(magnitude):  # type: ignore[no-untyped-def]
     bits = bits_of(scaled) if is_subnormal else bits
     whole = np.int32(np.int32(bits - SQRT_HALF) >> np.int32(EXPONENT_SHIFT))
     t = float_of(np.uint32(bits - np.uint32(np.uint32(whole) << EXPONENT_SHIFT))) - ONE
-    p = t * C8 + C7
-    p = p * t + C6
-    p = p * t + C5
-    p = p * t + C4
-    p = p * t + C3
-    p = p * t + C2
-    p = p * t + C1
-    p = p * t + C0
+    p = fused(t, C8, C7)
+    p = fused(p, t, C6)
+    p = fused(p, t, C5)
+    p = fused(p, t, C4)
+    p = fused(p, t, C3)
+    p = fused(p, t, C2)
+    p = fused(p, t, C1)
+    p = fused(p, t, C0)
     return np.int32(whole - (SUBNORMAL_SHIFT if is_subnormal else np.int32(0))), p * t
 
 
@@ -104,10 +117,11 @@ def _log2_sums(start, stop, x, centre, counts, sums):  # type: ignore[no-untyped
     for low in range(start, stop, CHUNK):
         piece = x[low : min(low + CHUNK, stop)]
         zeros, others, wholes = np.int32(0), np.int32(0), np.int32(0)
-        for base in range(0, piece.size, GROUP):
-            part, found = piece[base : base + GROUP], rests[base : base + GROUP]
-            around = offsets[base : base + GROUP]
-            prefetch(part, AHEAD)
+        for base in range(0, piece.size, SPAN):
+            part, found = piece[base : base + SPAN], rests[base : base + SPAN]
+            around = offsets[base : base + SPAN]
+            for place in range(0, SPAN, GROUP):
+                prefetch(part, place + AHEAD)
             for i in range(part.size):
                 bits = np.uint32(bits_of(part[i]) & MAGNITUDE)
                 is_zero, is_other = bits == np.uint32(0), bits >= INFINITY
@@ -129,7 +143,7 @@ def _log2_sums(start, stop, x, centre, counts, sums):  # type: ignore[no-untyped
             found, around = rests[base : base + LANES], offsets[base : base + LANES]
             for j in range(LANES):
                 lanes[j] += found[j]
-                squares[j] += around[j] * around[j]
+                squares[j] = fused(around[j], around[j], squares[j])
         total, square = 0.0, 0.0
         for j in range(LANES):
             total += np.float64(lanes[j])

@@ -36,6 +36,7 @@ from accel.words import LOW_WORD, bits_of, has_exact_inverse, inverse_power
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
 LINE_BYTES = 64  # of a cache
 AHEAD = 1024  # elements between those that are rounded and those that are fetched: a page of memory
+PIECE = 1024  # elements that several loops in a row pass over, small enough to stay in the nearest cache
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
@@ -247,6 +248,28 @@ def _round_scaled(source, target, drawn, factors, is_exact, p):  # type: ignore[
                 out[i] = rescaled(transform(x[i] / scales[i], draws[i], p), scales[i])  # noqa: F821
 
 
+def _round_sixteens(source, target, drawn, scales, size, is_exact, p):  # type: ignore[no-untyped-def]
+    """The same with a scale for each block of `size` elements, a multiple of 16: no array of a scale an element."""
+    sixteens, count = np.uint64(size // 16), np.uint64(16)
+    begin = np.uint64(0)
+    for k in range(scales.size):
+        scale = scales[k]
+        inverse = inverse_power(scale)
+        for _ in range(sixteens):
+            if begin % np.uint64(GROUP) == np.uint64(0):
+                prefetch(source, np.int64(begin) + AHEAD)
+                prefetch(target, np.int64(begin) + AHEAD)
+            if is_exact:
+                for i in range(count):
+                    scaled = source[begin + i] * inverse
+                    target[begin + i] = rescaled(transform(scaled, drawn[begin + i], p), scale)  # noqa: F821
+            else:
+                for i in range(count):
+                    scaled = source[begin + i] / scale
+                    target[begin + i] = rescaled(transform(scaled, drawn[begin + i], p), scale)  # noqa: F821
+            begin += count
+
+
 def _round_blocks(  # type: ignore[no-untyped-def]
     start, stop, x, length, block_size, tensor_scale, out, scale_codes, blocks_a_row,
     offset, seed, stream, step, *fields,
@@ -257,7 +280,7 @@ def _round_blocks(  # type: ignore[no-untyped-def]
     """
     b, s = BlockParameters(*fields[:BLOCK_FIELDS]), Parameters(*fields[BLOCK_FIELDS:ELEMENT_FIELDS])
     p = PARAMETERS(*fields[ELEMENT_FIELDS:])  # noqa: F821
-    chunk = max(CHUNK, block_size)
+    chunk = max(PIECE, block_size)
     draws, factors = np.empty(chunk + GROUP, np.uint32), np.empty(chunk, np.float32)
     fold_a, fold_b = np.empty(chunk, np.uint32), np.empty(chunk, np.uint32)
     largest, codes, scales = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.float32)
@@ -271,15 +294,18 @@ def _round_blocks(  # type: ignore[no-untyped-def]
         high = low + blocks * size
         largest_of_blocks(x[low:high], size, largest[:blocks], fold_a, fold_b)
         is_exact = scale_blocks(largest[:blocks], scales, codes, tensor_scale[0], b, s)
-        spread(scales[:blocks], np.uint64(size), factors)
         if scale_codes.size > 0:
             for k in range(blocks):
                 scale_codes[block + k] = codes[k]
         skip = 0
         if DRAWS:  # noqa: F821
             skip = fill_draws(draws, offset + low, high - low, seed, stream, step, x[low:], out[low:])
-        drawn = draws[skip : skip + high - low]
-        round_scaled(x[low:high], out[low:high], drawn, factors[: high - low], is_exact, p)  # noqa: F821
+        source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
+        if BY_SIXTEENS and size % 16 == 0:  # noqa: F821
+            round_sixteens(source, target, drawn, scales[:blocks], size, is_exact, p)  # noqa: F821
+        else:
+            spread(scales[:blocks], np.uint64(size), factors)
+            round_scaled(source, target, drawn, factors[: high - low], is_exact, p)  # noqa: F821
         low, block = high, block + blocks
 
 
@@ -471,61 +497,63 @@ def tally(value, alpha):  # type: ignore[no-untyped-def]
     return weight if bits_of(value) != np.uint32(0) else np.uint32(0)
 
 
-def _prune_round_by_one(source, target, drawn, factor, alpha, p):  # type: ignore[no-untyped-def]
+def _round_survivors_by_one(kept, drawn, factor, alpha, p):  # type: ignore[no-untyped-def]
+    """Rounds in place all but +-alpha; returns the sum of their tallies."""
     counts = np.uint32(0)
     if has_exact_inverse(factor):
         inverse = inverse_power(factor)
-        for i in range(source.size):
-            kept = prune_stochastic(source[i], drawn[i], alpha)
-            rounded = np.float32(transform(np.float32(kept * inverse), drawn[i], p) * factor)  # noqa: F821
-            target[i] = survivor(kept, rounded, alpha)
-            counts = np.uint32(counts + tally(target[i], alpha))
+        for i in range(kept.size):
+            rounded = np.float32(transform(np.float32(kept[i] * inverse), drawn[i], p) * factor)  # noqa: F821
+            kept[i] = survivor(kept[i], rounded, alpha)
+            counts = np.uint32(counts + tally(kept[i], alpha))
     else:
-        for i in range(source.size):
-            kept = prune_stochastic(source[i], drawn[i], alpha)
-            rounded = np.float32(transform(np.float32(kept / factor), drawn[i], p) * factor)  # noqa: F821
-            target[i] = survivor(kept, rounded, alpha)
-            counts = np.uint32(counts + tally(target[i], alpha))
+        for i in range(kept.size):
+            rounded = np.float32(transform(np.float32(kept[i] / factor), drawn[i], p) * factor)  # noqa: F821
+            kept[i] = survivor(kept[i], rounded, alpha)
+            counts = np.uint32(counts + tally(kept[i], alpha))
     return counts
 
 
-def _prune_round_scaled(source, target, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
+def _round_survivors_scaled(kept, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
     counts = np.uint32(0)
     if is_exact:
-        for i in range(source.size):
-            kept = prune_stochastic(source[i], drawn[i], alpha)
-            x = np.float32(kept * inverse_power(factors[i]))
+        for i in range(kept.size):
+            x = np.float32(kept[i] * inverse_power(factors[i]))
             rounded = np.float32(transform(x, drawn[i], p) * factors[i])  # noqa: F821
-            target[i] = survivor(kept, rounded, alpha)
-            counts = np.uint32(counts + tally(target[i], alpha))
+            kept[i] = survivor(kept[i], rounded, alpha)
+            counts = np.uint32(counts + tally(kept[i], alpha))
     else:
-        for i in range(source.size):
-            kept = prune_stochastic(source[i], drawn[i], alpha)
-            rounded = np.float32(transform(np.float32(kept / factors[i]), drawn[i], p) * factors[i])  # noqa: F821
-            target[i] = survivor(kept, rounded, alpha)
-            counts = np.uint32(counts + tally(target[i], alpha))
+        for i in range(kept.size):
+            rounded = np.float32(transform(np.float32(kept[i] / factors[i]), drawn[i], p) * factors[i])  # noqa: F821
+            kept[i] = survivor(kept[i], rounded, alpha)
+            counts = np.uint32(counts + tally(kept[i], alpha))
     return counts
 
 
 def _prune_round(  # type: ignore[no-untyped-def]
     start, stop, x, first, alpha, scales, row_length, out, nonzeros, alphas, offset, seed, stream, step, *fields
 ):
-    """Prune, then round the survivors (+-alpha is never rounded); counts of nonzeros and +-alpha a block of CHUNK."""
+    """Prune, then round the survivors (+-alpha is never rounded); counts of nonzeros and +-alpha a block of CHUNK.
+
+    In two loops over pieces that stay in the nearest cache: one loop of both has more constants than registers.
+    """
     p = PARAMETERS(*fields)  # noqa: F821
-    draws = np.empty(CHUNK + GROUP, np.uint32)
-    factors = np.empty(CHUNK, np.float32)
+    draws = np.empty(PIECE + GROUP, np.uint32)
+    factors = np.empty(PIECE, np.float32)
     factor = scales[0] if scales.size else np.float32(1)
     low = start
     while low < stop:
         block = (first + low) // CHUNK
-        high = min((block + 1) * CHUNK - first, stop)
+        high = min(((first + low) // PIECE + 1) * PIECE - first, stop)
         skip = fill_draws(draws, offset + first + low, high - low, seed, stream, step, x[low:], out[low:])
         source, target, drawn = x[low:high], out[low:high], draws[skip : skip + high - low]
+        for i in range(source.size):
+            target[i] = prune_stochastic(source[i], drawn[i], alpha)
         if scales.size <= 1:
-            counts = prune_round_by_one(source, target, drawn, factor, alpha, p)  # noqa: F821
+            counts = round_survivors_by_one(target, drawn, factor, alpha, p)  # noqa: F821
         else:
             is_exact = fill_factors(factors, first + low, high - low, scales, row_length)
-            counts = prune_round_scaled(source, target, drawn, factors[: high - low], is_exact, alpha, p)  # noqa: F821
+            counts = round_survivors_scaled(target, drawn, factors[: high - low], is_exact, alpha, p)  # noqa: F821
         nonzeros[block] += np.int64(counts & LOW_HALF)
         alphas[block] += np.int64(counts >> np.uint32(16))
         low = high
@@ -582,13 +610,16 @@ def _kernels(method: str) -> dict[str, Kernel]:
         bound["round_plain"] = part(_round_plain, f"{name}_{method}_plain", **names)
         bound["round_by_one"] = part(_round_by_one, f"{name}_{method}_by_one", **names)
         bound["round_scaled"] = part(_round_scaled, f"{name}_{method}_scaled", **names)
+        # LLVM unrolls sixteen steps of a short function before it could make one vector of them.
+        bound["BY_SIXTEENS"] = transform is not rounding_fast.fast_integer_value
+        bound["round_sixteens"] = part(_round_sixteens, f"{name}_{method}_sixteens", **names)
         kernels[name] = kernel(_round, f"{name}_{method}", **bound)
         kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
         kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
     kernels["both"] = kernel(_round_both, f"both_{method}", **bound)  # bound to the code function
     rows = {
-        "prune_round_by_one": part(_prune_round_by_one, f"prune_{method}_by_one", transform=value),
-        "prune_round_scaled": part(_prune_round_scaled, f"prune_{method}_scaled", transform=value),
+        "round_survivors_by_one": part(_round_survivors_by_one, f"survivors_{method}_by_one", transform=value),
+        "round_survivors_scaled": part(_round_survivors_scaled, f"survivors_{method}_scaled", transform=value),
     }
     kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", **rows, **bound)
     return kernels
