@@ -18,12 +18,11 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from accel.arguments import checked_tensor
-from accel.kernels.cpu import AHEAD, CHUNK, GROUP, prefetch, run
+from accel.kernels.cpu import AHEAD, CHUNK, GROUP, STRETCH, prefetch, run
 from accel.kernels.jit import kernel, scalar
 from accel.words import bits_of, float_of
 
 LANES = 64
-SPAN = 256  # elements between two additions of what the lanes of a vector have counted
 SQRT_HALF = np.uint32(0x3F3504F3)  # patterns
 INFINITY, MAGNITUDE, LEAST_NORMAL = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x00800000)
 EXPONENT_SHIFT = np.uint32(23)
@@ -117,10 +116,10 @@ def _log2_sums(start, stop, x, centre, counts, sums):  # type: ignore[no-untyped
     for low in range(start, stop, CHUNK):
         piece = x[low : min(low + CHUNK, stop)]
         zeros, others, wholes = np.int32(0), np.int32(0), np.int32(0)
-        for base in range(0, piece.size, SPAN):
-            part, found = piece[base : base + SPAN], rests[base : base + SPAN]
-            around = offsets[base : base + SPAN]
-            for place in range(0, SPAN, GROUP):
+        for base in range(0, piece.size, STRETCH):
+            part, found = piece[base : base + STRETCH], rests[base : base + STRETCH]
+            around = offsets[base : base + STRETCH]
+            for place in range(0, STRETCH, GROUP):
                 prefetch(part, place + AHEAD)
             for i in range(part.size):
                 bits = np.uint32(bits_of(part[i]) & MAGNITUDE)

@@ -22,8 +22,8 @@ from accel.codecs.symbols import (
     tag_of,
     value_with_alpha,
 )
-from accel.kernels.cpu import AHEAD, GROUP, METHODS, VALUE_FIELDS, prefetch
-from accel.kernels.jit import Kernel, kernel, part, scalar
+from accel.kernels.cpu import AHEAD, GROUP, METHODS, STRETCH, VALUE_FIELDS, prefetch
+from accel.kernels.jit import Kernel, kernel, part
 from accel.rounding import Parameters
 from accel.words import bits_of
 
@@ -65,13 +65,15 @@ def _symbols(x, scale, factor, alpha_bits, tags_alpha, alpha_code, sign_code, ha
     for no alpha. has_zero: whether the code 0 is the number 0, so that zeros need no encoding. In several loops, which
     vectorise where one does not.
     """
-    for base in range(0, x.size, GROUP):
-        piece, flags = x[base : base + GROUP], work.flags[base : base + GROUP]
-        prefetch(piece, AHEAD)
+    count = 0
+    for base in range(0, x.size, STRETCH):
+        piece, flags = x[base : base + STRETCH], work.flags[base : base + STRETCH]
+        for place in range(0, STRETCH, GROUP):
+            prefetch(piece, place + AHEAD)
         for i in range(piece.size):
             flags[i] = np.uint8((bits_of(piece[i]) != NO_CODE) | (not has_zero))
+        count += compact(piece, flags, piece.size, work.values[count:])
     codes, found, wrong = work.codes, work.more, work.signs
-    count = compact(x, work.flags, x.size, work.values)
     values = work.values[:count]
     for i in range(values.size):
         codes[i] = code_of(values[i], scale, p)  # noqa: F821

@@ -37,6 +37,7 @@ CHUNK = 4096  # elements whose random words are held at once, and the block of t
 LINE_BYTES = 64  # of a cache
 AHEAD = 1024  # elements between those that are rounded and those that are fetched: a page of memory
 PIECE = 1024  # elements that several loops in a row pass over, small enough to stay in the nearest cache
+STRETCH = 256  # elements of an inner loop that adds up or picks out
 GROUP = 64  # elements that 16 calls of the generator serve
 SERIAL_BELOW = 1 << 15  # elements for which waking a second thread costs more than it saves
 
