@@ -230,10 +230,13 @@ class Ledger:
         return {"total": total, "by_role": dict(by_role)}
 
     def tensors(self) -> list[dict[str, Any]]:
-        """One row a layer and role, means over the sampled steps: counts, bits by part, bits per element, entropies."""
-        groups: dict[tuple[str, str, str, str], list[Stored]] = defaultdict(list)
+        """One row a layer and role, means over the sampled steps: counts, bits by part, bits per element, entropies.
+
+        format: all that the tensor was stored in, the first one first.
+        """
+        groups: dict[tuple[str, str, str], list[Stored]] = defaultdict(list)
         for record in self.records:
-            groups[record.layer, record.role, record.stored.format, record.stored.codec].append(record.stored)
+            groups[record.layer, record.role, record.stored.codec].append(record.stored)
         return [_tensor_row(*key, stored) for key, stored in groups.items()]
 
     def summary(self) -> dict[str, Any]:
@@ -287,7 +290,7 @@ def peak(records: Iterable[Record], scheme: str) -> dict[str, float]:
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
-def _tensor_row(layer: str, role: str, fmt: str, codec: str, stored: list[Stored]) -> dict[str, Any]:
+def _tensor_row(layer: str, role: str, codec: str, stored: list[Stored]) -> dict[str, Any]:
     def mean(values: Iterable[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
@@ -302,7 +305,7 @@ def _tensor_row(layer: str, role: str, fmt: str, codec: str, stored: list[Stored
     return {
         "layer": layer,
         "role": role,
-        "format": fmt,
+        "format": ", ".join(dict.fromkeys(s.format for s in stored)),
         "codec": codec,
         "numel": numel,
         "nonzeros": nonzeros,

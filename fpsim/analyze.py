@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 import accel
 from fpsim import distribution_plot
@@ -25,7 +25,7 @@ from fpsim.gradients.thresholds import lognormal as by_lognormal
 from fpsim.lognormal import best_exponent_bits, cosine, fit, measured_cosine
 from fpsim.report.plots import COLORS, STYLE
 from fpsim.scales import sample
-from fpsim.tensor_file import all_tensors, load_tensor, wrong_file
+from fpsim.tensor_file import all_tensors, load_tensor
 
 SAMPLE = 1 << 14  # elements that D and the modes are taken from
 MOST_DRAWN = 6  # tensors
@@ -97,11 +97,7 @@ def pages(
 
 
 def tensors(file: Path, tensor: str | None = None) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor) of the file's tensors, or of the one named. Raises ConfigError, also for a folder."""
-    if file.is_dir():
-        raise wrong_file(
-            file, "is a folder; analyze reads a .npy or .safetensors file (runs keep no tensors to analyze)"
-        )
+    """(name, tensor) of the file's tensors, or of the one named. Raises ConfigError."""
     return list(all_tensors(file)) if tensor is None else [(tensor, load_tensor(file, tensor))]
 
 
@@ -193,6 +189,22 @@ def to_data(page: Page) -> dict[str, Any]:
 
 def save_plot(found: list[Page], drawn: list[tuple[str, torch.Tensor]], path: Path) -> None:
     """Density, histogram of log2|x| and two QQ plots of the first six tensors; written whole or not at all."""
+    with matplotlib.rc_context(STYLE):
+        canvas = Figure(layout="constrained")
+        draw_pages(canvas, found, drawn)
+        picture = io.BytesIO()
+        canvas.savefig(picture, format=path.suffix[1:], dpi=110)
+    write_bytes(path, picture.getvalue())
+
+
+def draw_pages(
+    canvas: Figure, found: list[Page], drawn: list[tuple[str, torch.Tensor]], inches_above: float = 0.0
+) -> SubFigure | None:
+    """Four panels for each of the first six tensors, and the canvas as high as that takes.
+
+    Returns a part of the canvas, `inches_above` high, that is left free above them. ConfigError where none can be
+    drawn.
+    """
     statistics = {
         page.name: {family: np.nan if value is None else value for family, value in page.statistics.items()}
         for page in found
@@ -201,22 +213,26 @@ def save_plot(found: list[Page], drawn: list[tuple[str, torch.Tensor]], path: Pa
     shown = [(name, x) for name, x in drawn if name in statistics][:MOST_DRAWN]
     if not shown:
         raise ConfigError([Problem("--plot", "no tensor has enough different nonzeros to be drawn")])
-    with matplotlib.rc_context(STYLE):
-        canvas = Figure(figsize=(13.0, 1.1 + 2.6 * len(shown)), layout="constrained")
-        left_out = f"; {len(drawn) - len(shown)} more not drawn, --tensor picks one" if len(drawn) > len(shown) else ""
-        canvas.suptitle(
-            "Is the tensor normal or lognormal? The smaller D, the better it fits; dots on the gray line fit exactly"
-            f"{left_out}",
-            x=0.01, ha="left", fontsize=11,
-        )  # fmt: skip
-        for number, (name, x) in enumerate(shown):
-            axes = [canvas.add_subplot(len(shown), 4, 4 * number + panel + 1) for panel in range(4)]
-            points = distribution_plot.points(sample(x, SAMPLE))
-            distribution_plot.draw_panels(axes, points, name, statistics[name], COLORS[0])
-        distribution_plot.draw_legend(canvas, COLORS[0])
-        picture = io.BytesIO()
-        canvas.savefig(picture, format=path.suffix[1:], dpi=110)
-    write_bytes(path, picture.getvalue())
+    height = 1.1 + 2.6 * len(shown)
+    canvas.set_size_inches(13.0, inches_above + height)
+    above, below = (None, canvas) if not inches_above else _two_parts(canvas, inches_above, height)
+    left_out = f"; {len(drawn) - len(shown)} more not drawn, --tensor picks one" if len(drawn) > len(shown) else ""
+    below.suptitle(
+        "Is the tensor normal or lognormal? The smaller D, the better it fits; dots on the gray line fit exactly"
+        f"{left_out}",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    for number, (name, x) in enumerate(shown):
+        axes = [below.add_subplot(len(shown), 4, 4 * number + panel + 1) for panel in range(4)]
+        points = distribution_plot.points(sample(x, SAMPLE))
+        distribution_plot.draw_panels(axes, points, name, statistics[name], COLORS[0])
+    distribution_plot.draw_legend(below, COLORS[0])
+    return above
+
+
+def _two_parts(canvas: Figure, above: float, below: float) -> tuple[Any, Any]:
+    parts: Any = canvas.subfigures(2, 1, height_ratios=[above, below])
+    return parts[0], parts[1]
 
 
 def _row(page: Page) -> list[str]:

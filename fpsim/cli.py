@@ -181,8 +181,17 @@ def inspect(
 
 @app.command()
 def analyze(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .npy or a .safetensors file.")],
-    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Only this one of a .safetensors file.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|RUN",
+            help="A .npy or a .safetensors file, or a run directory: what the run recorded of its gradients.",
+        ),
+    ],
+    tensor: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Only this one of a .safetensors file; of a run, such as 'dW conv1'."),
+    ] = None,
     bits: Annotated[int, typer.Option(help="Of the float to advise, its sign included.")] = 8,
     sparsity: Annotated[float | None, typer.Option(help="Share of zeros that pruning shall reach.")] = None,
     cosine: Annotated[float | None, typer.Option(help="Cosine between the tensor and the pruned one.")] = None,
@@ -195,6 +204,9 @@ def analyze(
 
     check_outputs(plot, None)
     verb.check_options(bits, sparsity, cosine)
+    if file.is_dir():
+        _analyze_run(file, tensor, bits, sparsity, cosine, plot, as_json)
+        return
     found = verb.pages(file, tensor, bits, sparsity, cosine)
     if as_json:
         print(json.dumps([verb.to_data(page) for page in found], indent=1, allow_nan=False))
@@ -202,6 +214,27 @@ def analyze(
         verb.show(found)
     if plot is not None:
         verb.save_plot(found, verb.tensors(file, tensor), plot)
+
+
+def _analyze_run(
+    place: Path, tensor: str | None, bits: int, sparsity: float | None, cosine: float | None, plot: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from fpsim import analyze, analyze_run
+
+    run = analyze_run.run_of(place)
+    recorded = analyze_run.rows(run)
+    drawn = analyze.tensors(analyze_run.samples_file(run), tensor)
+    drawn = [(name, x) for name, x in drawn if tensor is not None or name.startswith("dY ")]
+    found = [analyze.page(name, x, bits, sparsity, cosine) for name, x in drawn]
+    if as_json:
+        pages = [analyze.to_data(page) for page in found]
+        print(json.dumps({**analyze_run.to_data(run, recorded), "last": pages}, indent=1, allow_nan=False))
+    else:
+        analyze_run.show(run, recorded)
+        analyze.show(found)
+    if plot is not None:
+        analyze_run.save_plot(recorded, found, drawn, plot)
 
 
 @app.command()
@@ -245,18 +278,25 @@ def recommend(
 @app.command()
 def reproduce(
     figure: Annotated[
-        str, typer.Argument(metavar="FIGURE", help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, table1.")
+        str,
+        typer.Argument(
+            metavar="FIGURE",
+            help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, fig5-left, fig5-right, table1.",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[=FOLDER]",
-            help="fig2, fig4, table1: what to train on, such as fashion_mnist=FOLDER; else mnist5k. May be repeated "
-            "for table1.",
+            help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right and table1; "
+            "else mnist5k, which VGG16 cannot take. May be repeated for table1.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the training of fig2, fig4, table1.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of that training; the first of several.")] = 0,
+    config: Annotated[
+        str | None, typer.Option(help="fig5-left: another experiment, by name or file; else fig5_left.")
+    ] = None,
 ) -> None:
     """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""
     from fpsim import figures
@@ -264,7 +304,7 @@ def reproduce(
     if figure not in figures.FIGURES:
         raise _unknown("figure", figure, list(figures.FIGURES))
     print(figures.FIGURES[figure].title)
-    for path in figures.reproduce(figure, output, data, seed):
+    for path in figures.reproduce(figure, output, data, seed, config):
         print(path)
 
 

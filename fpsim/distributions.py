@@ -20,7 +20,7 @@ The parameters are a location and a scale, of x or (lognormal, loglaplace) of ln
     normal, lognormal      maximum likelihood: mean and standard deviation
     laplace, loglaplace    maximum likelihood: median and mean distance from it
     uniform                maximum likelihood: smallest, largest - smallest
-    logistic               maximum likelihood: 30 steps of Newton's method from median and mean distance
+    logistic               maximum likelihood: Newton's method from median and mean distance, at most 30 steps
     cauchy                 robust, not maximum likelihood: median and half the distance between the quartiles
 
 Because the parameters come from the sample itself, D is smaller than the classical tables expect (Lilliefors 1967). All
@@ -48,6 +48,7 @@ REPLICATE_SIZE = 512  # elements of the largest replicate
 NEGATIVE_STEPS = 20  # q is rounded to 1/20 for the simulation
 SEED = 20_060_817
 NEWTON_STEPS = 30
+NEWTON_TOLERANCE = 1e-12  # of location and scale, relative to the scale
 SMALLEST_SAMPLE = 8  # nonzeros
 
 EM_STEPS = 300
@@ -248,8 +249,12 @@ def _logistic(rows: Floats) -> tuple[Floats, Floats]:
         curvature = 1 - slope * slope
         excess = (z * slope).mean(-1) - 1
         steepness = 1 + (z * z * curvature).mean(-1) / 2
-        location = location + scale * 2 * slope.mean(-1) / np.maximum(curvature.mean(-1), 0.05)
-        scale = scale * np.clip(1 + excess / steepness, 0.25, 4.0)
+        shift = scale * 2 * slope.mean(-1) / np.maximum(curvature.mean(-1), 0.05)
+        stretch = np.clip(1 + excess / steepness, 0.25, 4.0)
+        is_there = (np.abs(shift) <= NEWTON_TOLERANCE * scale) & (np.abs(stretch - 1) <= NEWTON_TOLERANCE)
+        location, scale = location + shift, scale * stretch
+        if is_there.all():
+            break
     return location, np.where(spread > 0, scale, 0.0)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -30,6 +30,8 @@ from accel.ledger import Ledger, Stored, stored_plain
 from fpsim.config import parse_emulation
 from fpsim.config.schema import Emulation, GradientSpec, Pruning, TensorSpec
 from fpsim.errors import NonFiniteError, RunError
+from fpsim.gradients.adaptive import LayerFormat
+from fpsim.gradients.distribution import Distributions
 from fpsim.gradients.equal_cosine import equal_cosine
 from fpsim.gradients.pruning import LayerPruning
 from fpsim.layers import (
@@ -96,6 +98,11 @@ class Emulator:
     """What `emulate` returns: the hooks on one model, their state and what they counted.
 
     ledger: accel.Ledger of the sampled steps. statistics: one row a pruned layer (see `LayerPruning.summary`).
+    distributions: of the neural and weight gradients of the sampled steps. adapting: the layers that choose the format
+    of their gradients.
+
+    A delayed scale is that of the largest magnitude in the layer's tensors of that role in the steps before, as many as
+    `scale_history` says; in the first step, of the tensor itself. Evaluation uses it and leaves it.
     """
 
     def __init__(self, model: nn.Module, spec: Emulation, seed: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -108,15 +115,25 @@ class Emulator:
             for name, layer in self.specs.items()
             if layer.gradients is not None and layer.gradients.pruning is not None
         }
+        self.adapting = {
+            name: LayerFormat(layer.gradients)
+            for name, layer in self.specs.items()
+            if layer.gradients is not None and layer.gradients.adapt is not None
+        }
+        self._largest: dict[
+            str, deque[float]
+        ] = {}  # magnitude of the steps before, by "layer/role", for delayed scales
+        self._largest_now: dict[str, float] = {}
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)
         self._sampled = False
         self._rounded_inputs: dict[tuple[int, TensorSpec, int], tuple[weakref.ref[Tensor], int, Tensor, Scale]] = {}
-        self._rounded_weights: dict[str, tuple[int, int, Tensor]] = {}
+        self._rounded_weights: dict[str, tuple[int, int, Tensor, Scale]] = {}
         self._samples: dict[str, tuple[np.ndarray, int]] = {}
         self._ran: set[str] = set()
         self._step_zeros, self._step_elements = 0, 0
         self._step_is_new = True
+        self.distributions = Distributions()
         self._recorder = Recorder(model, self.layers, optimizer)
         self._saved = None if spec.saved_activations is None else SavedTensors(model, spec.saved_activations)
         self._handles = [
@@ -144,6 +161,11 @@ class Emulator:
         return [pruning.summary(name) for name, pruning in self.pruning.items()]
 
     @property
+    def gradient_formats(self) -> list[dict[str, Any]]:
+        """The formats of the layers that choose them (see `LayerFormat.summary`)."""
+        return [layer.summary(name) for name, layer in self.adapting.items()]
+
+    @property
     def saved_activations(self) -> dict[str, Kept]:
         """What the latest forward pass of training keeps for backward, by kind (see `fpsim.saved`); else empty."""
         return {} if self._saved is None else dict(self._saved.kept)
@@ -161,7 +183,13 @@ class Emulator:
         """End a training step: call it after the optimizer's step."""
         if self.sampling and self.model.training:
             self._recorder.update()
+            for name, module in self.layers.items():
+                weight = module._parameters["weight"]
+                if weight is not None and weight.grad is not None:
+                    self.distributions.record(self.step_number, name, "dW", weight.grad)
         self._equalise()
+        for key, largest in self._largest_now.items():
+            self._largest[key].append(largest)
         if self.step_number == 0:
             self._check_all_ran()
         self._begin_step(self.step_number + 1)
@@ -192,14 +220,18 @@ class Emulator:
         if self._saved is not None:
             self._saved.close()
         self._recorder.restart_step()
+        self.distributions.restart_step(self.step_number)
+        self._largest_now.clear()
         self._samples.clear()
         self._occurrences.clear()
         self._rounded_inputs.clear()
 
     def next_epoch(self) -> None:
-        """Begin a new epoch: thresholds that are renewed once an epoch are renewed at the next step."""
+        """Begin a new epoch: thresholds and formats that are renewed once an epoch are renewed at the next step."""
         for pruning in self.pruning.values():
             pruning.epoch_is_new = True
+        for adapting in self.adapting.values():
+            adapting.epoch_is_new = True
 
     def detach(self) -> None:
         """Remove every hook. The model's parameters, buffers and modules are what they were without emulation."""
@@ -215,17 +247,21 @@ class Emulator:
         return {
             "step": self.step_number,
             "pruning": {name: pruning.state_dict() for name, pruning in self.pruning.items()},
+            "adapting": {name: layer.state_dict() for name, layer in self.adapting.items()},
+            "largest": {key: (largest.maxlen, list(largest)) for key, largest in self._largest.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. Raises ValueError when the pruned layers are not the same."""
-        if set(state["pruning"]) != set(self.pruning):
-            raise ValueError(
-                f"the saved state prunes other layers: {sorted(set(state['pruning']) ^ set(self.pruning))}"
-            )
+        for key, layers in (("pruning", self.pruning), ("adapting", self.adapting)):
+            if others := set(state[key]) ^ set(layers):
+                raise ValueError(f"the saved state is of other layers ({key}): {sorted(others)}")
         self._begin_step(state["step"])
         for name, pruning in self.pruning.items():
             pruning.load_state_dict(state["pruning"][name])
+        for name, layer in self.adapting.items():
+            layer.load_state_dict(state["adapting"][name])
+        self._largest = {key: deque(largest, maxlen=steps) for key, (steps, largest) in state["largest"].items()}
 
     @property
     def gradient_sparsity(self) -> float | None:
@@ -245,13 +281,11 @@ class Emulator:
             assert isinstance(weight, nn.Parameter)
             self._check_call(name, spec, x)
             self._ran.add(name)
-            rounded_x = self._rounded_input(name, spec, x, channel_dim(module, x))
-            rounded_weight = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
+            rounded_x, x_scale = self._rounded_input(name, spec, x, channel_dim(module, x))
+            rounded_weight, w_scale = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
             if self._recording:
-                dims = channel_dim(module, x), channel_dim(module, x)
-                x_stored = self._stored(x, rounded_x, spec.activations, *dims)
-                dims = output_dim(module), input_dim(module)
-                w_stored = self._stored(weight, rounded_weight, spec.weights, *dims)
+                x_stored = self._stored(rounded_x, spec.activations, x_scale, channel_dim(module, x))
+                w_stored = self._stored(rounded_weight, spec.weights, w_scale, input_dim(module))
                 self._recorder.layer(name, x, x_stored, weight, w_stored)
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
@@ -347,11 +381,11 @@ class Emulator:
 
     # --- rounding and pruning -------------------------------------------------------------------------------------
 
-    def _rounded_input(self, name: str, spec: LayerSpec, x: Tensor, channel_dim: int) -> Tensor:
-        """X as the hardware holds it: one tensor, however many layers read it in the same format."""
+    def _rounded_input(self, name: str, spec: LayerSpec, x: Tensor, channel_dim: int) -> tuple[Tensor, Scale]:
+        """X as the hardware holds it, and its scale: one tensor, however many layers read it in the same format."""
         stream = f"{name}/activation{self._next_occurrence(name)}"
         if spec.activations is None:
-            return x
+            return x, None
         key = id(x), spec.activations, channel_dim
         known = self._rounded_inputs.get(key)
         if known is None or known[0]() is not x or known[1] != x._version:
@@ -360,21 +394,21 @@ class Emulator:
             self._rounded_inputs[key] = known
         if self._saved is not None:
             self._saved.lies_on_grid(known[2], along(format_of(spec.activations), channel_dim), known[3])
-        return _StraightThrough.apply(x, known[2]) if x.requires_grad else known[2]
+        return _StraightThrough.apply(x, known[2]) if x.requires_grad else known[2], known[3]
 
     def _rounded_weight(
         self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int, input_dim: int
-    ) -> Tensor:
-        """W as the hardware holds it: rounded once a step, however often the layer runs."""
+    ) -> tuple[Tensor, Scale]:
+        """W as the hardware holds it, and its scale: rounded once a step, however often the layer runs."""
         if spec.weights is None:
-            return weight
+            return weight, None
         known = self._rounded_weights.get(name)
         if known is None or known[:2] != (weight.data_ptr(), weight._version):
-            rounded, _ = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
-            known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, rounded)
+            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
+            known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, *rounded)
         if self._saved is not None:
             self._saved.leave(known[2])
-        return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2]
+        return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2], known[3]
 
     def _round(self, x: Tensor, spec: TensorSpec, stream: str, scale_dim: int, block_dim: int) -> tuple[Tensor, Scale]:
         """x rounded, and its scale; scales a channel go along scale_dim, blocks of a block format along block_dim."""
@@ -404,18 +438,33 @@ class Emulator:
             raise NonFiniteError(role, layer, self.step_number)
         if isinstance(fmt, accel.BlockFormat):
             return None
+        if spec.scale == "delayed":
+            assert isinstance(amax, float)
+            amax = self._delayed(what, amax, spec.scale_history)
         return scale_of(x if drawn is None or dim is not None else drawn, fmt, spec.scale, amax, dim)
 
+    def _delayed(self, what: str, amax: float, steps: int) -> float:
+        """The largest magnitude of the steps before; that of this tensor counts from the next step on."""
+        key = "/".join(what.split("/")[:2])
+        before = self._largest.setdefault(key, deque(maxlen=steps))
+        if self.model.training:
+            self._largest_now[key] = max(self._largest_now.get(key, 0.0), amax)
+        return max(before, default=amax)
+
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
+        if call.micro_batch == 0 and dy.numel():
+            self.distributions.record(self.step_number, name, "dY", dy)
         if role is None or dy.numel() == 0:
             if call.micro_batch is not None:
                 plain = stored_plain(dy.numel())
                 self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
             return dy
-        fmt = along(format_of(role), call.channel_dim)
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
             drawn = sample(dy)
+            is_fixed = role.adapt is None
+            fmt = format_of(role) if is_fixed else self.adapting[name].renew(drawn, self.step_number)
+            fmt = along(fmt, call.channel_dim)
             scale = self._scale(dy, role, fmt, dim, call.stream, drawn)
             options = {"scale": scale, "out": torch.empty_like(dy), **_rounding(role), **self._words(call.stream)}
             if role.pruning is None:
@@ -451,16 +500,11 @@ class Emulator:
             raise RunError(f"random streams {name!r} and {self._streams[stream]!r} collide: rename one of the layers")
         return {"seed": self.seed, "stream": stream, "step": self.step_number}
 
-    def _stored(self, x: Tensor, rounded: Tensor, spec: TensorSpec | None, scale_dim: int, block_dim: int) -> Stored:
+    def _stored(self, rounded: Tensor, spec: TensorSpec | None, scale: Scale, block_dim: int) -> Stored:
         if spec is None:
-            return stored_plain(x.numel())
-        fmt, values = along(format_of(spec), block_dim), rounded.detach()
-        dim = scale_dim if spec.granularity == "channel" else None
-        scale = None
-        if isinstance(fmt, accel.Format):
-            with torch.no_grad():
-                scale = scale_of(x.detach(), fmt, spec.scale, largest_magnitude(x.detach(), dim), dim)
-        return stored_tensor(values, accel.count_blocks(values), spec, fmt, scale)
+            return stored_plain(rounded.numel())
+        values = rounded.detach()
+        return stored_tensor(values, accel.count_blocks(values), spec, along(format_of(spec), block_dim), scale)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -4,6 +4,7 @@ runs/<name>/<UTC time>-<config hash>/
     config.yaml      the resolved configuration        env.json      versions, machine, threads, commit
     metrics.jsonl    one line a step and an epoch       steps.csv, epochs.csv   the same as tables
     ledger.jsonl     what sampled steps stored and moved, tensor by tensor
+    gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.txt          what happened                      checkpoints/step-N/
     results.json     what `fpsim report` reads
 """
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as save_safetensors
 
 import accel
 import models
@@ -39,7 +41,7 @@ from fpsim.config import Config, config_hash, config_to_yaml, load_config, parse
 from fpsim.config.schema import Emulation, Ledger
 from fpsim.emulation import Emulator, emulate
 from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
-from fpsim.files import write_json, write_text
+from fpsim.files import write_bytes, write_json, write_text
 from fpsim.layers import PatternError
 from fpsim.progress import Progress
 from fpsim.training import (
@@ -56,7 +58,9 @@ from fpsim.training import (
 
 RESULTS_VERSION = 1
 CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
-METRICS_FILE, LEDGER_FILE = "metrics.jsonl", "ledger.jsonl"
+METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE = "metrics.jsonl", "ledger.jsonl", "gradients.jsonl"
+LINES = (METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE)  # files to which a run adds line by line
+SAMPLES_FILE = "gradients.safetensors"
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
 
@@ -154,7 +158,7 @@ class _Session:
         self.started = time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.epoch_loss, self.epoch_correct = 0.0, 0
-        self.ledger_rows = 0
+        self.ledger_rows, self.gradient_rows = 0, 0
 
     def _emulate(self) -> Emulator:
         spec = self.config.emulation or Emulation(ledger=Ledger())
@@ -173,15 +177,19 @@ class _Session:
             lines.writelines(json.dumps(row) + "\n" for row in rows)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint below `folder`, and the ledger's new records."""
-        self.append(LEDGER_FILE, self.emulator.ledger.to_data(self.ledger_rows))
-        self.ledger_rows = len(self.emulator.ledger.records)
+        """Write a checkpoint below `folder`, and what is new of the ledger and of the gradients' distributions."""
+        ledger, distributions = self.emulator.ledger, self.emulator.distributions
+        self.append(LEDGER_FILE, ledger.to_data(self.ledger_rows))
+        self.append(GRADIENTS_FILE, distributions.rows[self.gradient_rows :])
+        self.ledger_rows, self.gradient_rows = len(ledger.records), len(distributions.rows)
+        if distributions.samples:
+            write_bytes(self.folder / SAMPLES_FILE, save_safetensors(distributions.samples))
         state = {
             "seconds": self.seconds,
             "history": self.history,
             "epoch_loss": self.epoch_loss,
             "epoch_correct": self.epoch_correct,
-            "bytes": {name: (self.folder / name).stat().st_size for name in (METRICS_FILE, LEDGER_FILE)},
+            "bytes": {name: (self.folder / name).stat().st_size for name in LINES},
             "emulator": self.emulator.state_dict(),
         }
         checkpoint.save(folder, self.step, self.model, self.optimizer, state)
@@ -192,7 +200,7 @@ class _Session:
         checkpoint.clean(folder)
         saved = checkpoint.checkpoints(folder)
         if not saved:
-            for name in (METRICS_FILE, LEDGER_FILE):
+            for name in LINES:
                 (self.folder / name).write_bytes(b"")
             return
         state = checkpoint.load(saved[-1], self.model, self.optimizer)
@@ -202,15 +210,16 @@ class _Session:
             self.emulator.load_state_dict(state["emulator"])
             for name, size in state["bytes"].items():
                 _truncate(self.folder / name, size)
-            _rows(self.folder / METRICS_FILE)
-            records = _rows(self.folder / LEDGER_FILE)
+            rows_of(self.folder / METRICS_FILE)
+            records = rows_of(self.folder / LEDGER_FILE)
             self.emulator.ledger.records[:] = accel.Ledger.from_data(records).records
+            self.emulator.distributions.rows[:] = rows_of(self.folder / GRADIENTS_FILE)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
-        self.ledger_rows = len(records)
+        self.ledger_rows, self.gradient_rows = len(records), len(self.emulator.distributions.rows)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file. Raises RunError that names the file and the line."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -234,7 +243,7 @@ def _train(session: _Session, resuming: bool) -> RunResult:
     else:
         _make_directory(folder)
         write_json(folder / ENVIRONMENT_FILE, environment())
-        for name in (METRICS_FILE, LEDGER_FILE):
+        for name in LINES:
             (folder / name).write_bytes(b"")
         write_text(folder / CONFIG_FILE, config_to_yaml(config))
     with _logging(folder) as log, _stop_signals() as stopped, session.progress:
@@ -371,6 +380,7 @@ def _results(session: _Session) -> dict[str, Any]:
         "test_loss": last["test_loss"],
         "history": session.history,
         "gradients": session.emulator.statistics,
+        "gradient_formats": session.emulator.gradient_formats,
         "ledger": session.emulator.ledger.summary(),
         "environment": environment(),
     }
@@ -472,7 +482,7 @@ def _stop_signals() -> Iterator[list[str]]:
 
 
 def _write_tables(folder: Path) -> None:
-    rows = _rows(folder / METRICS_FILE)
+    rows = rows_of(folder / METRICS_FILE)
     for kind, name in (("step", "steps.csv"), ("epoch", "epochs.csv")):
         chosen = [{key: value for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == kind]
         text = io.StringIO()

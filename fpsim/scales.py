@@ -5,8 +5,13 @@
     power_of_two    that, rounded up to a power of two
     lognormal_mean  the power of two that puts the mean of log2|x| in the middle of the format's normal range, raised
                     where the largest magnitude would not fit (Chmiel et al., ICLR 2021, section 4)
+    lognormal_error the power of two at which the lognormal of the tensor's mean and deviation of log2|x| rounds with
+                    the least mean relative error, the largest magnitudes saturating where that is worth it (see
+                    `fpsim.float_choice.scaled_error`; the deviation in steps of 1/16)
+    delayed         as amax, of the largest magnitude in the tensors of earlier steps (see `Emulator`)
+    a number        that
 
-All are positive finite float32 numbers; a tensor of zeros has scale 1.
+All are positive finite float32 numbers; a tensor of zeros has scale 1, unless its scale is a number.
 """
 
 from __future__ import annotations
@@ -20,8 +25,10 @@ from torch import Tensor
 
 import accel
 from accel import Format
+from fpsim.float_choice import Lognormal, best_exponent_bits_of, scaled_error
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
+SIGMA_STEPS = 16  # a binade
 SAMPLE = 4096  # elements that the mean of log2|x| is taken over
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples are sample positions that follow no stride of the tensor
 
@@ -35,22 +42,34 @@ def largest_magnitude(x: Tensor, channel_dim: int | None = None) -> float | Tens
 
 
 def scale_of(
-    x: Tensor, fmt: Format, kind: str, amax: float | Tensor, channel_dim: int | None = None
+    x: Tensor, fmt: Format, kind: str | float, amax: float | Tensor, channel_dim: int | None = None
 ) -> float | Tensor | None:
-    """The scale of x for `fmt`, given its `largest_magnitude` over the same channels; None means 1."""
+    """The scale of x for `fmt`, given its `largest_magnitude` over the same channels; None means 1.
+
+    delayed: amax is that of earlier steps.
+    """
     if kind == "none":
         return None
+    if isinstance(kind, float):
+        return kind
     if isinstance(amax, Tensor):
         return _channel_scales(x, fmt, kind, amax, channel_dim)
     if amax == 0:
         return 1.0
-    if kind == "amax":
+    if kind in ("amax", "delayed"):
         scale = np.float32(min(max(amax / fmt.max, SMALLEST_SCALE), LARGEST_SCALE))
         is_too_small = amax / scale > fmt.max and scale < LARGEST_SCALE
         return float(np.nextafter(scale, np.float32(np.inf)) if is_too_small else scale)
+    if kind == "lognormal_error":
+        mean, deviation = log2_moments(sample(x))
+        if math.isfinite(mean):
+            exponent = round(mean) + _best_offset(fmt, sigma_steps(deviation))
+        else:  # the nonzeros are not in the sample
+            exponent = _exponent_above(amax / fmt.max)
+        return 2.0 ** min(max(exponent, -126), 127)
     exponent = _exponent_above(amax / fmt.max)
     if kind == "lognormal_mean":
-        exponent = max(exponent, round(max(mean_log2(sample(x)) - _centre(fmt), -126)))
+        exponent = max(exponent, round(max(log2_moments(sample(x))[0] - _centre(fmt), -126)))
     return 2.0 ** min(max(exponent, -126), 127)
 
 
@@ -76,11 +95,35 @@ def _centre(fmt: Format) -> float:
     return (math.log2(fmt.min_normal) + math.log2(fmt.max)) / 2
 
 
-def mean_log2(x: Tensor) -> float:
-    """Mean of log2|x| over the nonzeros, in float64; minus infinity where there are none."""
+def log2_moments(x: Tensor) -> tuple[float, float]:
+    """Mean and deviation of log2|x| over the nonzeros, in float64; minus infinity and 0 where there are none."""
     values = np.abs(x.numpy().astype(np.float64))  # NumPy: its small operations cost a fraction of torch's
-    nonzeros = values[values > 0]
-    return float(np.log2(nonzeros).mean()) if nonzeros.size else -math.inf
+    logs = np.log2(values[values > 0])
+    return (float(logs.mean()), float(logs.std())) if logs.size else (-math.inf, 0.0)
+
+
+def sigma_steps(deviation: float) -> int:
+    """A deviation of log2|x| in steps of 1/16, one at least: so that what follows from it is worked out once."""
+    return max(round(deviation * SIGMA_STEPS), 1)
+
+
+@cache
+def best_format(bits: int, policy: str, subnormals: bool, steps: int) -> Format:
+    """The float of `bits` bits with the least mean relative error for a lognormal, at its best scale.
+
+    steps: see `sigma_steps`. Its exponent bits are those of `fpsim.float_choice.best_exponent_bits`.
+    """
+    exponent_bits = int(best_exponent_bits_of(Lognormal(steps / SIGMA_STEPS), bits, policy=policy))
+    widths = {"exponent_bits": exponent_bits, "mantissa_bits": bits - 1 - exponent_bits}
+    chosen = accel.format({**widths, "policy": policy, "subnormals": subnormals})
+    assert isinstance(chosen, Format)
+    return chosen
+
+
+@cache
+def _best_offset(fmt: Format, steps: int) -> int:
+    """log2 of the best scale of a lognormal whose log2|x| has mean 0 and that many steps of deviation."""
+    return int(scaled_error(fmt, Lognormal(steps / SIGMA_STEPS))[1])
 
 
 def channel_means_log2(x: Tensor, channel_dim: int) -> Tensor:

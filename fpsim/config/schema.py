@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -518,6 +518,19 @@ Codec = Annotated[
 ]
 
 
+def _scale_kind(value: Any) -> str | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "number"
+    return "rule" if value in get_args(ScaleRule) else None
+
+
+ScaleRule = Literal["none", "amax", "power_of_two", "lognormal_mean", "lognormal_error", "delayed"]
+Scale = Annotated[
+    Annotated[ScaleRule, Tag("rule")] | Annotated[float, Field(ge=2.0**-126, le=2.0**127), Tag("number")],
+    Discriminator(_scale_kind, "scale", f"must be {', '.join(get_args(ScaleRule))} or a number"),
+]
+
+
 class TensorSpec(Section):
     """How one kind of tensor is represented in the emulated hardware."""
 
@@ -532,9 +545,13 @@ class TensorSpec(Section):
     """Values beyond the largest: saturate to it, or as IEEE 754 (Inf, else NaN)."""
     flush_subnormals: Literal[False, True, "input", "output"] = False
     """Subnormal numbers that become zero: none, all (true), or only those that come in or go out."""
-    scale: Literal["none", "amax", "power_of_two", "lognormal_mean"] = "none"
-    """What values are divided by before rounding: nothing, the largest magnitude's share of the format's maximum, that
-    rounded to a power of two, or the mean of the fitted lognormal distribution. A block format needs none."""
+    scale: Scale = "none"
+    """What values are divided by before rounding. none: 1; amax: the largest magnitude's share of the format's maximum;
+    power_of_two: that, rounded up to one; lognormal_mean: centres the mean of log2|x|; lognormal_error: rounds the
+    fitted lognormal with the least mean relative error, its tail saturating; delayed: as amax, of earlier steps; a
+    number: that. A block format needs none."""
+    scale_history: PositiveInt = 16
+    """For delayed: steps whose largest magnitude counts."""
     granularity: Literal["tensor", "channel"] = "tensor"
     """One scale per tensor or per channel; tensor for a block format, whose blocks have their own."""
     codec: Codec = "dense"
@@ -546,6 +563,12 @@ class TensorSpec(Section):
         import accel
 
         fmt, is_pruned = number_format(self.format), getattr(self, "pruning", None) is not None
+        if self.scale != "delayed" and self.scale_history != 16:
+            raise _error_at("scale_history", f"is for scale delayed (got {shown(self.scale)})")
+        if self.scale in ("lognormal_error", "delayed") and self.granularity == "channel":
+            raise _error_at("granularity", f"must be 'tensor' with scale {self.scale} (got 'channel')")
+        if self.scale == "lognormal_error" and isinstance(fmt, accel.Format) and fmt.bits > 16:
+            raise _error_at("scale", f"lognormal_error is for formats up to 16 bits (got {fmt.name!r})")
         if self.random_bits != 32 and self.rounding != "stochastic":
             raise _error_at("random_bits", f"needs rounding stochastic: {self.rounding} draws no random bits")
         if not is_pruned and accel.find_codec(self.codec).tags_alpha:
@@ -569,6 +592,23 @@ class GradientSpec(TensorSpec):
 
     pruning: Pruning | None = None
     """Pruning of the neural gradients; null for none."""
+    adapt: Refresh | None = None
+    """Steps, or epoch, after which each layer chooses its exponent bits anew: of all formats of as many bits and the
+    same policy as `format`, the one that rounds the lognormal fitted to its gradient with the least mean relative
+    error; goes with scale lognormal_error. null: `format` stays."""
+
+    @model_validator(mode="after")
+    def _can_adapt(self) -> GradientSpec:
+        import accel
+
+        fmt = number_format(self.format)
+        if self.adapt is None:
+            return self
+        if not isinstance(fmt, accel.Format) or not fmt.exponent_bits or not fmt.signed or fmt.alpha_codes:
+            raise _error_at("adapt", f"is for signed floating-point formats without alpha_codes (got {fmt.name!r})")
+        if not 3 <= fmt.bits <= 16:
+            raise _error_at("adapt", f"is for formats of 3 to 16 bits (got {fmt.name!r} of {fmt.bits})")
+        return self
 
     @model_validator(mode="after")
     def _one_scale_holds_alpha(self) -> GradientSpec:

@@ -15,27 +15,46 @@ from matplotlib.figure import Figure as Canvas
 from fpsim.config import load_config
 from fpsim.data import Dataset, load
 from fpsim.errors import ConfigError, Problem
-from fpsim.figures import float_choice, neural_gradients
+from fpsim.figures import achieved_sparsity, float_choice, neural_gradients, pruned_training
 from fpsim.figures.figure import Figure, Measured
 from fpsim.files import write_bytes, write_json, write_text
 from fpsim.report.plots import STYLE
 
-FIGURES: dict[str, Figure] = {figure.name: figure for figure in (*float_choice.FIGURES, *neural_gradients.FIGURES)}
+FIGURES: dict[str, Figure] = {
+    figure.name: figure
+    for module in (float_choice, neural_gradients, achieved_sparsity, pruned_training)
+    for figure in module.FIGURES
+}
 
 __all__ = ["FIGURES", "Figure", "Measured", "reproduce"]
 
 
-def reproduce(name: str, folder: Path, data: list[str] | None = None, seed: int = 0) -> list[Path]:
+def reproduce(
+    name: str, folder: Path, data: list[str] | None = None, seed: int = 0, config: str | None = None
+) -> list[Path]:
     """Measure the figure `name` of FIGURES and write NAME.json, NAME.csv and NAME.png into `folder`: their paths.
 
-    data: image sets for a figure that trains, each NAME or NAME=FOLDER of its files; None is mnist5k, which needs none.
-    seed: of that training. Each file is written whole or not at all; the folder is made where it is missing.
-    Raises ConfigError for data that the figure does not take, DataError for files that are missing or damaged.
+    data: image sets for a figure that trains, each NAME or NAME=FOLDER of its files; None is mnist5k, which needs none,
+    or what the figure's experiment says. seed: of that training. config: another experiment, a name or a file, for a
+    figure that is one of runs; these go to `folder`/NAME-runs, and those that are there already are not trained again.
+    Each file is written whole or not at all; the folder is made where it is missing.
+    Raises ConfigError for what the figure does not take, DataError for files that are missing or damaged, RunError for
+    a run that fails or is stopped.
     """
     figure = FIGURES[name]
     if data and not figure.datasets:
         raise ConfigError([Problem("--data", f"{name} takes no data (got {data[0]!r})")])
-    measured = figure.measure(_datasets(figure, data or ["mnist5k"]), seed) if figure.datasets else figure.measure()
+    if len(data or []) > figure.datasets:
+        raise ConfigError([Problem("--data", f"{name} takes {figure.datasets} image set (got {len(data or [])})")])
+    if config and not figure.experiment:
+        raise ConfigError([Problem("--config", f"{name} takes none: no experiment is behind it (got {config!r})")])
+    if figure.experiment:
+        overrides = [f"seed={seed}", *(override for text in data or [] for override in _data_overrides(text))]
+        measured = figure.measure(load_config(config or figure.experiment, overrides), folder / f"{name}-runs")
+    elif figure.datasets:
+        measured = figure.measure([_dataset(text, figure) for text in data or ["mnist5k"]], seed)
+    else:
+        measured = figure.measure()
     folder.mkdir(parents=True, exist_ok=True)
     numbers, table, picture = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png"))
     write_json(numbers, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
@@ -44,14 +63,15 @@ def reproduce(name: str, folder: Path, data: list[str] | None = None, seed: int 
     return [numbers, table, picture]
 
 
-def _datasets(figure: Figure, given: list[str]) -> list[Dataset]:
-    if len(given) > figure.datasets:
-        raise ConfigError([Problem("--data", f"{figure.name} takes {figure.datasets} image set (got {len(given)})")])
-    specs = []
-    for text in given:
-        name, _, root = text.partition("=")
-        specs.append(load_config("quickstart", [f"data.name={name}", *([f"data.root={root}"] if root else [])]).data)
-    return [load(spec, 0) for spec in specs]
+def _dataset(text: str, figure: Figure) -> Dataset:
+    limit = [f"data.train_limit={figure.train_limit}"] if figure.train_limit else []
+    return load(load_config("quickstart", [*_data_overrides(text), *limit]).data, 0)
+
+
+def _data_overrides(text: str) -> list[str]:
+    """What NAME or NAME=FOLDER changes in a configuration."""
+    name, _, root = text.partition("=")
+    return [f"data.name={name}", *([f"data.root={root}"] if root else [])]
 
 
 def _csv(measured: Measured) -> str:

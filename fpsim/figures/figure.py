@@ -22,6 +22,8 @@ class Figure:
     """name: as in the source, `fig3a`. title: what it shows, in a sentence. size_inches: width, height.
 
     datasets: the most image sets it trains on; measure takes a list of them and a seed, or nothing where that is 0.
+    train_limit: how many of their training images it uses, None for all.
+    experiment: the configuration of the runs that it trains instead; measure takes it and a folder for the runs.
     """
 
     name: str
@@ -30,3 +32,5 @@ class Figure:
     draw: Callable[[Canvas, Measured], None]
     size_inches: tuple[float, float] = (9.0, 5.0)
     datasets: int = 0
+    train_limit: int | None = None
+    experiment: str | None = None

@@ -42,7 +42,14 @@ LAYERS = {"layer1.0.conv1": "layer1.0.bn1", "layer4.1.conv1": "layer4.1.bn1"}  #
 SPARSITIES = (0.8, 0.9)
 PRUNED_LAYER = "layer3.0.conv2"
 TABLE_TIMES = 5
-NETWORKS: dict[str, dict[str, Any]] = {"resnet18": {"width": WIDTH}, "lenet": {}, "mlp": {}}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18": {"width": WIDTH},
+    "vgg16": {"width": WIDTH},
+    "densenet121": {"width": WIDTH},
+    "mobilenet_v2": {"width": WIDTH},
+    "lenet": {},
+    "mlp": {},
+}
 BINS = 160
 
 

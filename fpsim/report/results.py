@@ -110,6 +110,19 @@ class PrunedGradient(TypedDict):
     steps: int
 
 
+class GradientFormat(TypedDict):
+    """The format at the end of a layer that chooses its gradient's; sigma_log2: the spread of log2|dY| it follows.
+
+    renewals, changes: how often it was chosen anew, and how often that led to other exponent bits.
+    """
+
+    layer: str
+    format: str
+    sigma_log2: float | None
+    renewals: int
+    changes: int
+
+
 @with_config({"strict": True})
 class Results(TypedDict):
     """The whole of results.json, schema version 1; a run that did not complete may lack its accuracy."""
@@ -131,6 +144,7 @@ class Results(TypedDict):
     test_loss: float | None
     history: list[EpochRecord]
     gradients: list[PrunedGradient]
+    gradient_formats: NotRequired[list[GradientFormat]]
     ledger: LedgerSummary
     environment: dict[str, Any]
 

@@ -91,6 +91,7 @@ def gradients_table(run: dict[str, Any]) -> Table:
             row["alpha_kept"] or ABSENT,
             _mean_and_error(row["bias_percent"], row["bias_error_points"]),
             number(row["cosine"], 3),
+            row["format"] or ABSENT,
             row["codec"] or ABSENT,
             number(row["bits_per_element"]),
             number(row["tag_entropy"]),
@@ -110,6 +111,7 @@ def gradients_table(run: dict[str, Any]) -> Table:
         "",
         "",
         "",
+        "",
         number(run["pruned_gradient_bits"]),
         number(run["pruned_tag_entropy"]),
         number(run["pruned_order0_entropy"]),
@@ -118,7 +120,7 @@ def gradients_table(run: dict[str, Any]) -> Table:
     has_total = sparsity["asked_percent"] is not None
     header = (
         "layer", "asked (%)", "achieved (%)", "lognormal rule (%)", "its miss (points)", "±alpha exact by",
-        "bias (%)", "cosine", "codec", "encoded (bits)", "tag entropy (bits)", "order-0 entropy (bits)",
+        "bias (%)", "cosine", "format", "codec", "encoded (bits)", "tag entropy (bits)", "order-0 entropy (bits)",
         *(f"{codec} (bits)" for codec in codecs),
     )  # fmt: skip
     return Table(

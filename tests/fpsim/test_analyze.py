@@ -92,7 +92,7 @@ def test_the_advice_is_what_it_says(file: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["FOLDER"], "is a folder; analyze reads a .npy or .safetensors file (runs keep no tensors to analyze)"),
+        (["FOLDER"], "holds neither a run nor runs"),
         (["none.npy"], "none.npy: no such file"),
         (["FILE", "--tensor", "a"], "--tensor: g.safetensors has no tensor 'a' of floats; it has"),
         (["FILE", "--sparsity", "1"], "--sparsity: must lie in [0, 1) (got 1.0)"),

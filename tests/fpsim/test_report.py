@@ -355,8 +355,8 @@ def test_text_of_an_emulated_run_beside_its_baseline(write: Callable[..., Path])
     assert line_with(text, "traffic per step, bf16 / encoded")[-2:] == ["0.50", "1.60"]
     assert line_with(text, "optimizer state") == ["optimizer", "state", "2.500", "2.500", "1.250", "1.00", "0.50"]
     assert line_with(text, "layer1.0.conv2") == [
-        "layer1.0.conv2", "80.0", "80.1", "±", "2.0", "76.4", "-3.6", "streams", "+0.12", "±", "0.34", "0.900", "alpha",
-        "1.97", "1.40", "1.25", "8.00", "2.60",
+        "layer1.0.conv2", "80.0", "80.1", "±", "2.0", "76.4", "-3.6", "streams", "+0.12", "±", "0.34", "0.900", "e5m2",
+        "alpha", "1.97", "1.40", "1.25", "8.00", "2.60",
     ]  # fmt: skip
     assert "5 of 186" in text
     assert "\x1b" not in text

@@ -34,12 +34,15 @@ FILES = [
     "config.yaml",
     "env.json",
     "epochs.csv",
+    "gradients.jsonl",
+    "gradients.safetensors",
     "ledger.jsonl",
     "log.txt",
     "metrics.jsonl",
     "results.json",
     "steps.csv",
 ]
+LINES = ("metrics.jsonl", "ledger.jsonl", "gradients.jsonl")
 VARYING = ("env.json", "log.txt", "results.json")  # times, and the machine
 STEPS, STEPS_PER_EPOCH = 10, 5
 DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
@@ -347,6 +350,13 @@ CASES: dict[str, dict[str, Any]] = {
             "ledger": {"every_steps": 3},
         },
     ),
+    "formats and scales that remember": settings(
+        emulation={
+            "activations": {"format": "e4m3fn", "scale": "delayed", "scale_history": 3},
+            "gradients": {"format": "e3m2", "scale": "lognormal_error", "adapt": 4},
+            "ledger": {"every_steps": 4},
+        }
+    ),
     "float32, sgd without momentum": settings(
         training={"optimizer": {**SGD, "momentum": 0.0}}, emulation=None, data=DATA
     ),
@@ -360,7 +370,7 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytest
         folder = tmp_path / f"killed-{steps}"
         with killed_after(monkeypatch, steps):
             run(CASES[case], folder, quiet=True)
-        for name in ("metrics.jsonl", "ledger.jsonl"):
+        for name in LINES:
             with (folder / name).open("a") as lines:
                 lines.write('{"kind": "step", "step": 99}\n{"kind": "st')
         torch.rand(3)
@@ -446,7 +456,7 @@ def test_killed_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(runner, "config_to_yaml", die)
         with pytest.raises(Killed):
             run(settings(), tmp_path / "run", quiet=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["env.json", "ledger.jsonl", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(["env.json", *LINES])
     with pytest.raises(ConfigError, match="holds neither a run nor runs"):
         resume(tmp_path / "run")
 
@@ -515,7 +525,7 @@ def test_resume_with_a_damaged_environment(
         resume(tmp_path / "run", quiet=True)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger.jsonl"])
+@pytest.mark.parametrize("name", LINES)
 @pytest.mark.parametrize("damage", ["shorter", "missing"])
 def test_resume_with_damaged_metrics_or_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import accel
-from fpsim.scales import SAMPLE, channel_means_log2, largest_magnitude, mean_log2, sample, scale_of
+from fpsim.float_choice import best_exponent_bits
+from fpsim.scales import (
+    SAMPLE,
+    best_format,
+    channel_means_log2,
+    largest_magnitude,
+    log2_moments,
+    sample,
+    scale_of,
+)
 
 FIXED = settings(derandomize=True, deadline=None)
 FORMATS = ("e4m3fn", "e5m2", "e2m1", "e3m2", "bf16")
@@ -203,8 +212,8 @@ def test_sample_takes_small_tensors_whole_and_fixed_positions_of_large_ones() ->
 
 def test_mean_log2_of_a_large_tensor_is_that_of_its_sample() -> None:
     x = torch.rand(20000, generator=torch.Generator().manual_seed(0)) + 0.5
-    assert mean_log2(sample(x)) == pytest.approx(float(sample(x).double().log2().mean()), abs=1e-12)
-    assert mean_log2(sample(x)) == pytest.approx(float(x.double().log2().mean()), abs=0.02)
+    assert log2_moments(sample(x))[0] == pytest.approx(float(sample(x).double().log2().mean()), abs=1e-12)
+    assert log2_moments(sample(x))[0] == pytest.approx(float(x.double().log2().mean()), abs=0.02)
 
 
 def test_lognormal_mean_of_a_tensor_whose_nonzeros_the_sample_misses() -> None:
@@ -216,7 +225,7 @@ def test_lognormal_mean_of_a_tensor_whose_nonzeros_the_sample_misses() -> None:
 
 
 def test_lognormal_mean_without_nonzeros_in_the_sample_is_the_power_of_two() -> None:
-    assert float(mean_log2(torch.zeros(5))) == -math.inf
+    assert float(log2_moments(torch.zeros(5))[0]) == -math.inf
     channels = torch.tensor([[0.0, 2.0**-3], [0.0, 2.0**-5]])
     assert channel_means_log2(channels, 1).tolist() == [[-math.inf, -4.0]]
     for fmt in ("e4m3fn", "e5m2", "e2m1"):
@@ -237,3 +246,48 @@ def test_scales_end_at_the_ends_of_float32(kind: str, dim: int | None) -> None:
         found = scale_of(x, fmt, kind, largest_magnitude(x, dim), dim)
         assert found is not None
         assert float(found) == expected
+
+
+@pytest.mark.parametrize("fmt", ["e5m2", "e4m3fn", "e3m2", "e2m1"])
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 4.0])
+def test_lognormal_error_rounds_with_the_least_error(fmt: str, sigma: float) -> None:
+    """Against every scale 2^k on the tensor itself: no other is better by more than a sample can tell."""
+    x = torch.exp2(torch.randn(4096, generator=torch.Generator().manual_seed(1)).double() * sigma - 21.3).float()
+    chosen = float(scale(x, fmt, "lognormal_error"))
+    exponents = range(round(math.log2(chosen)) - 6, round(math.log2(chosen)) + 7)
+    errors = {k: relative_error_at(x, fmt, 2.0**k) for k in exponents}
+    assert errors[round(math.log2(chosen))] <= 1.05 * min(errors.values()) + 1e-3
+    assert math.log2(chosen).is_integer()
+
+
+def relative_error_at(x: Tensor, fmt: str, at: float) -> float:
+    rounded = accel.quantize(x, fmt, scale=at).double()
+    return float(((rounded - x.double()).abs() / x.double()).mean())
+
+
+def test_lognormal_error_lets_the_tail_saturate() -> None:
+    x = torch.exp2(torch.randn(4096, generator=torch.Generator().manual_seed(2)) * 3.0)
+    given, holds_all = float(scale(x, "e4m3fn", "lognormal_error")), float(scale(x, "e4m3fn", "power_of_two"))
+    assert given < holds_all
+    assert relative_error_at(x, "e4m3fn", given) < 0.6 * relative_error_at(x, "e4m3fn", holds_all)
+
+
+def test_lognormal_error_without_nonzeros_in_the_sample_is_the_power_of_two() -> None:
+    x = torch.zeros(100_000)
+    x[7] = 3.0
+    assert not bool(sample(x).any())
+    assert scale(x, "e5m2", "lognormal_error") == scale(x, "e5m2", "power_of_two")
+
+
+def test_a_number_is_the_scale() -> None:
+    assert scale_of(torch.zeros(3), accel.format("e5m2"), 0.25, 0.0) == 0.25
+    assert scale_of(torch.ones(3), accel.format("e5m2"), 0.25, 1.0) == 0.25
+
+
+@pytest.mark.parametrize("policy", ["finite", "fn", "ieee"])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_best_format_has_the_best_exponent_bits(bits: int, policy: str) -> None:
+    for steps in (4, 16, 40, 100):
+        found = best_format(bits, policy, True, steps)
+        assert found.exponent_bits == best_exponent_bits(bits, steps / 16, policy=policy)
+        assert (found.bits, found.policy) == (bits, policy)

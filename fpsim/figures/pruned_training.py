@@ -1,0 +1,159 @@
+"""Figure 5 left of the source: what the accuracy of a training is worth when its neural gradients are pruned.
+
+Every point is a run of `fpsim run` in a folder of its own, so what is finished is not trained again, and what was
+interrupted goes on. All have the experiment's training and data; `none` prunes nothing, and only counts the zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+
+from fpsim.config import Config, config_hash, load_config, parse_config
+from fpsim.errors import ConfigError, Problem
+from fpsim.figures.figure import Figure, Measured
+from fpsim.report.plots import COLORS
+from fpsim.runner import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, resume, run
+
+SEEDS = {"resnet18": 3, "vgg16": 3, "densenet121": 1}  # how many, by network
+ASKED = (0.8, 0.9)
+METHODS: dict[str, dict[str, Any]] = {  # the source's, and its rivals
+    "homogeneous": {"policy": "homogeneous", "threshold": "lognormal"},
+    "heterogeneous": {"policy": "heterogeneous", "threshold": "lognormal"},
+    "topk": {"policy": "topk"},
+    "atp": {"policy": "atp"},
+}
+TITLES = {"topk": "topk (SAW)", "atp": "ATP"}
+NONE = "none"
+
+
+def measure_fig5_left(config: Config, runs: Path) -> Measured:
+    """Rows: one a run: the accuracy at its end, and achieved, the mean over all steps of the share of zeros in all dY.
+
+    Results: of each network, method and asked sparsity, mean and deviation over seeds, and the mean of the accuracy
+    less that of the same seed without pruning, with its standard error.
+    """
+    wanted = list(_wanted(config))
+    rows = []
+    for number, (labels, one) in enumerate(wanted, start=1):
+        begun = time.monotonic()
+        folder = runs / "-".join(str(label) for label in labels.values())
+        results = _finished(one, folder)
+        accuracy, achieved = results["test_accuracy_percent"], _achieved(folder)
+        rows.append({**labels, "achieved": achieved, "accuracy_percent": accuracy, "seconds": results["wall_seconds"]})
+        print(
+            f"{number} of {len(wanted)}: {folder.name}: {accuracy:.2f} % right, {100 * achieved:.1f} % zeros "
+            f"({time.monotonic() - begun:.0f} s)",
+            flush=True,
+        )
+    return Measured(
+        rows,
+        {
+            "data": results["data"],
+            "training": config.training.model_dump(mode="json"),
+            "width": getattr(config.model, "width", None),
+            "networks": list(_summaries(rows)),
+        },
+    )
+
+
+def _wanted(config: Config) -> Iterator[tuple[dict[str, Any], Config]]:
+    """(network, method, asked, seed) and the configuration of each run."""
+    points = [(NONE, 0.0), *((method, asked) for method in METHODS for asked in ASKED)]
+    for network, seeds in SEEDS.items():
+        for method, asked in points:
+            pruning = {**METHODS.get(method, {"policy": NONE}), "sparsity": asked}
+            for seed in range(config.seed, config.seed + seeds):
+                content = config.model_dump()
+                content["model"] = {"name": network, "width": content["model"]["width"]}
+                content["emulation"] = {"gradients": {"format": "fp32", "pruning": pruning}}
+                content |= {"name": f"{config.name}-{network}-{method}", "seed": seed}
+                labels = {"network": network, "method": method, "asked": asked, "seed": seed}
+                yield labels, parse_config(content)
+
+
+def _finished(config: Config, folder: Path) -> dict[str, Any]:
+    """The results of a run of the configuration in the folder, trained now as far as it was not."""
+    if (folder / CONFIG_FILE).is_file():
+        if config_hash(load_config(folder / CONFIG_FILE)) != config_hash(config):
+            message = "holds a run of another configuration: remove it, or choose another --output"
+            raise ConfigError([Problem("", message, str(folder))])
+        if not (folder / RESULTS_FILE).is_file():
+            resume(folder, quiet=True)
+    else:
+        run(config, folder, quiet=True)
+    results: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return results
+
+
+def _achieved(folder: Path) -> float:
+    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    return float(np.mean([row["gradient_sparsity"] for row in rows if row["kind"] == "step"]))
+
+
+def _summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    plain = {(row["network"], row["seed"]): row["accuracy_percent"] for row in rows if row["method"] == NONE}
+    for network, method, asked in dict.fromkeys((row["network"], row["method"], row["asked"]) for row in rows):
+        shown = [row for row in rows if (row["network"], row["method"], row["asked"]) == (network, method, asked)]
+        accuracies = np.array([row["accuracy_percent"] for row in shown])
+        losses = accuracies - [plain[network, row["seed"]] for row in shown]
+        several = len(shown) > 1
+        yield {
+            "network": network,
+            "method": method,
+            "asked": asked,
+            "seeds": len(shown),
+            "achieved": float(np.mean([row["achieved"] for row in shown])),
+            "accuracy_percent": float(accuracies.mean()),
+            "deviation": float(accuracies.std(ddof=1)) if several else None,
+            "less_than_none": float(losses.mean()),
+            "standard_error": float(losses.std(ddof=1) / np.sqrt(len(shown))) if several else None,
+        }
+
+
+def draw_fig5_left(canvas: Canvas, measured: Measured) -> None:
+    data = str(measured.results["data"]).partition(":")[0]
+    canvas.suptitle(
+        f"Accuracy against the zeros in the neural gradients: networks of width {measured.results['width']} on {data}, "
+        f"{measured.results['training']['epochs']} epochs\n"
+        "small: a run each; large: mean over seeds, joined along the sparsity asked for",
+        x=0.01, ha="left", fontsize=10,
+    )  # fmt: skip
+    for number, network in enumerate(SEEDS):
+        axes = canvas.add_subplot(1, len(SEEDS), number + 1)
+        means = [one for one in measured.results["networks"] if one["network"] == network]
+        plain = next(one for one in means if one["method"] == NONE)
+        axes.axhline(plain["accuracy_percent"], color="black", linewidth=1.2, label=None if number else "no pruning")
+        if plain["deviation"] is not None:
+            low, high = (plain["accuracy_percent"] + sign * plain["deviation"] for sign in (-1, 1))
+            axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        for method, color in zip(METHODS, COLORS, strict=False):
+            runs = [row for row in measured.rows if (row["network"], row["method"]) == (network, method)]
+            axes.plot(
+                [row["achieved"] for row in runs], [row["accuracy_percent"] for row in runs], color=color, marker=".",
+                linestyle="", markersize=5, alpha=0.6,
+            )  # fmt: skip
+            shown = [one for one in means if one["method"] == method]
+            axes.plot(
+                [one["achieved"] for one in shown], [one["accuracy_percent"] for one in shown], color=color, marker="o",
+                markersize=7, linewidth=1.5, label=TITLES.get(method, method) if not number else None,
+            )  # fmt: skip
+        seeds = SEEDS[network]
+        axes.set(xlabel="share of zeros in dY", title=f"{network}, {seeds} seed{'s' if seeds > 1 else ''}")
+        if not number:
+            axes.set_ylabel("test accuracy at the end, %")
+    canvas.legend(loc="outside lower left", ncols=len(METHODS) + 1)
+
+
+FIGURES = (
+    Figure(
+        "fig5-left", "Accuracy of trainings whose neural gradients are pruned", measure_fig5_left, draw_fig5_left,
+        (10.5, 4.6), datasets=1, experiment="fig5_left",
+    ),
+)  # fmt: skip

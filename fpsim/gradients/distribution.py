@@ -1,0 +1,56 @@
+"""How the gradients of a training are distributed: recorded layer by layer on the steps that the ledger samples.
+
+A neural gradient dY is recorded as it arrives at its layer, before pruning and rounding; a weight gradient dW after the
+optimizer's step, so with what its clipping did. Source: Chmiel et al., ICLR 2021, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import accel
+from fpsim.distributions import SMALLEST_SAMPLE, compare
+from fpsim.scales import sample
+
+ROLES = ("dY", "dW")
+
+
+class Distributions:
+    """What is recorded. rows: one a gradient, plain data; samples: of the latest recorded step, by "role layer"."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.samples: dict[str, Tensor] = {}
+
+    def restart_step(self, step: int) -> None:
+        """The step begins anew: what was recorded of it is dropped."""
+        while self.rows and self.rows[-1]["step"] == step:
+            self.rows.pop()
+
+    def record(self, step: int, layer: str, role: str, x: Tensor) -> None:
+        """Enter a gradient: of all of it elements, zeros, mean and deviation of log2|x| over the nonzeros; D of seven
+        distributions (see fpsim.distributions) of the `sample` of 4096 elements, None where it has no fit."""
+        whole, taken = accel.log2_statistics(x), sample(x.detach()).clone()
+        values = taken.numpy()
+        can_fit = not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
+        fitted = compare(values) if can_fit else {}
+        self.rows.append(
+            {
+                "step": step,
+                "layer": layer,
+                "role": role,
+                "elements": whole.numel,
+                "zeros": whole.numel - whole.nonzeros - whole.not_finite,
+                "mean_log2": _plain(whole.mean),
+                "std_log2": _plain(whole.std),
+                "statistics": {name: _plain(one.statistic) for name, one in fitted.items()} or None,
+            }
+        )
+        self.samples[f"{role} {layer}"] = taken
+
+
+def _plain(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
