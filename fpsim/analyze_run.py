@@ -74,6 +74,13 @@ def samples_file(run: Path) -> Path:
     return run / SAMPLES_FILE
 
 
+def of_neural_gradients(samples: list[tuple[str, Tensor]], recorded: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """The samples of dY, in the order in which backward reaches the layers."""
+    known = dict(samples)
+    names = dict.fromkeys(f"dY {row['layer']}" for row in recorded if row["role"] == "dY")
+    return [(name, known[name]) for name in names if name in known]
+
+
 def over_time(recorded: list[dict[str, Any]]) -> list[OverTime]:
     """All layers together, then each layer, dY before dW."""
     found = []
@@ -163,14 +170,15 @@ def save_plot(recorded: list[dict[str, Any]], found: list[Page], drawn: list[tup
                 linewidth=2.2 if name == "lognormal" else 1.0,
             )  # fmt: skip
         axes[0].set(title="D of dY, mean over layers", xlabel="step", ylabel="D", ylim=(0, None))
-        axes[0].legend(ncols=2)
+        axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])
+        axes[0].legend(ncols=4, loc="upper center")
         layers = list(dict.fromkeys(row["layer"] for row in of_dy))
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
         for layer, shade in zip(layers, shades, strict=True):
             shown = [row for row in of_dy if row["layer"] == layer]
             axes[1].plot([row["step"] for row in shown], [row["std_log2"] for row in shown], color=shade, linewidth=1)
         axes[1].set(
-            title=f"spread of log2|dY| of {len(layers)} layers (dark: first, light: last)", xlabel="step",
+            title=f"spread of log2|dY| of {len(layers)} layers (dark: last layer, light: first)", xlabel="step",
             ylabel="binades", ylim=(0, None),
         )  # fmt: skip
         picture = io.BytesIO()

@@ -225,7 +225,8 @@ def _analyze_run(
     run = analyze_run.run_of(place)
     recorded = analyze_run.rows(run)
     drawn = analyze.tensors(analyze_run.samples_file(run), tensor)
-    drawn = [(name, x) for name, x in drawn if tensor is not None or name.startswith("dY ")]
+    if tensor is None:
+        drawn = analyze_run.of_neural_gradients(drawn, recorded)
     found = [analyze.page(name, x, bits, sparsity, cosine) for name, x in drawn]
     if as_json:
         pages = [analyze.to_data(page) for page in found]
