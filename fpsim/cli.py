@@ -282,7 +282,8 @@ def reproduce(
         str,
         typer.Argument(
             metavar="FIGURE",
-            help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, fig5-left, fig5-right, table1.",
+            help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, fig5-left, fig5-right, table1; also "
+            "gradient-formats.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
@@ -290,13 +291,15 @@ def reproduce(
         list[str] | None,
         typer.Option(
             metavar="NAME[=FOLDER]",
-            help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right and table1; "
-            "else mnist5k, which VGG16 cannot take. May be repeated for table1.",
+            help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right, table1 and "
+            "gradient-formats; else mnist5k, which VGG16 cannot take, or what the experiment says. May be repeated for "
+            "table1.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of that training; the first of several.")] = 0,
     config: Annotated[
-        str | None, typer.Option(help="fig5-left: another experiment, by name or file; else fig5_left.")
+        str | None,
+        typer.Option(help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left."),
     ] = None,
 ) -> None:
     """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""

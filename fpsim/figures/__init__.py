@@ -15,14 +15,14 @@ from matplotlib.figure import Figure as Canvas
 from fpsim.config import load_config
 from fpsim.data import Dataset, load
 from fpsim.errors import ConfigError, Problem
-from fpsim.figures import achieved_sparsity, float_choice, neural_gradients, pruned_training
+from fpsim.figures import achieved_sparsity, float_choice, gradient_formats, neural_gradients, pruned_training
 from fpsim.figures.figure import Figure, Measured
 from fpsim.files import write_bytes, write_json, write_text
 from fpsim.report.plots import STYLE
 
 FIGURES: dict[str, Figure] = {
     figure.name: figure
-    for module in (float_choice, neural_gradients, achieved_sparsity, pruned_training)
+    for module in (float_choice, neural_gradients, achieved_sparsity, pruned_training, gradient_formats)
     for figure in module.FIGURES
 }
 

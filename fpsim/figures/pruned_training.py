@@ -1,25 +1,20 @@
 """Figure 5 left of the source: what the accuracy of a training is worth when its neural gradients are pruned.
 
-Every point is a run of `fpsim run` in a folder of its own, so what is finished is not trained again, and what was
-interrupted goes on. All have the experiment's training and data; `none` prunes nothing, and only counts the zeros.
+All runs have the experiment's training and data; `none` prunes nothing, and only counts the zeros.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from fpsim.config import Config, config_hash, load_config, parse_config
-from fpsim.errors import ConfigError, Problem
+from fpsim.config import Config, parse_config
 from fpsim.figures.figure import Figure, Measured
+from fpsim.figures.runs import summaries, train_all
 from fpsim.report.plots import COLORS
-from fpsim.runner import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, resume, run
 
 SEEDS = {"resnet18": 3, "vgg16": 3, "densenet121": 1}  # how many, by network
 ASKED = (0.8, 0.9)
@@ -34,31 +29,15 @@ NONE = "none"
 
 
 def measure_fig5_left(config: Config, runs: Path) -> Measured:
-    """Rows: one a run: the accuracy at its end, and achieved, the mean over all steps of the share of zeros in all dY.
-
-    Results: of each network, method and asked sparsity, mean and deviation over seeds, and the mean of the accuracy
-    less that of the same seed without pruning, with its standard error.
-    """
-    wanted = list(_wanted(config))
-    rows = []
-    for number, (labels, one) in enumerate(wanted, start=1):
-        begun = time.monotonic()
-        folder = runs / "-".join(str(label) for label in labels.values())
-        results = _finished(one, folder)
-        accuracy, achieved = results["test_accuracy_percent"], _achieved(folder)
-        rows.append({**labels, "achieved": achieved, "accuracy_percent": accuracy, "seconds": results["wall_seconds"]})
-        print(
-            f"{number} of {len(wanted)}: {folder.name}: {accuracy:.2f} % right, {100 * achieved:.1f} % zeros "
-            f"({time.monotonic() - begun:.0f} s)",
-            flush=True,
-        )
+    """Rows: one a run (see `train_all`). Results: of each network, method and asked sparsity, over its seeds."""
+    rows, data = train_all(_wanted(config), runs)
     return Measured(
         rows,
         {
-            "data": results["data"],
+            "data": data,
             "training": config.training.model_dump(mode="json"),
             "width": getattr(config.model, "width", None),
-            "networks": list(_summaries(rows)),
+            "networks": summaries(rows, ("network", "method", "asked"), NONE),
         },
     )
 
@@ -71,50 +50,11 @@ def _wanted(config: Config) -> Iterator[tuple[dict[str, Any], Config]]:
             pruning = {**METHODS.get(method, {"policy": NONE}), "sparsity": asked}
             for seed in range(config.seed, config.seed + seeds):
                 content = config.model_dump()
-                content["model"] = {"name": network, "width": content["model"]["width"]}
+                content["model"]["name"] = network
                 content["emulation"] = {"gradients": {"format": "fp32", "pruning": pruning}}
                 content |= {"name": f"{config.name}-{network}-{method}", "seed": seed}
                 labels = {"network": network, "method": method, "asked": asked, "seed": seed}
                 yield labels, parse_config(content)
-
-
-def _finished(config: Config, folder: Path) -> dict[str, Any]:
-    """The results of a run of the configuration in the folder, trained now as far as it was not."""
-    if (folder / CONFIG_FILE).is_file():
-        if config_hash(load_config(folder / CONFIG_FILE)) != config_hash(config):
-            message = "holds a run of another configuration: remove it, or choose another --output"
-            raise ConfigError([Problem("", message, str(folder))])
-        if not (folder / RESULTS_FILE).is_file():
-            resume(folder, quiet=True)
-    else:
-        run(config, folder, quiet=True)
-    results: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    return results
-
-
-def _achieved(folder: Path) -> float:
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    return float(np.mean([row["gradient_sparsity"] for row in rows if row["kind"] == "step"]))
-
-
-def _summaries(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    plain = {(row["network"], row["seed"]): row["accuracy_percent"] for row in rows if row["method"] == NONE}
-    for network, method, asked in dict.fromkeys((row["network"], row["method"], row["asked"]) for row in rows):
-        shown = [row for row in rows if (row["network"], row["method"], row["asked"]) == (network, method, asked)]
-        accuracies = np.array([row["accuracy_percent"] for row in shown])
-        losses = accuracies - [plain[network, row["seed"]] for row in shown]
-        several = len(shown) > 1
-        yield {
-            "network": network,
-            "method": method,
-            "asked": asked,
-            "seeds": len(shown),
-            "achieved": float(np.mean([row["achieved"] for row in shown])),
-            "accuracy_percent": float(accuracies.mean()),
-            "deviation": float(accuracies.std(ddof=1)) if several else None,
-            "less_than_none": float(losses.mean()),
-            "standard_error": float(losses.std(ddof=1) / np.sqrt(len(shown))) if several else None,
-        }
 
 
 def draw_fig5_left(canvas: Canvas, measured: Measured) -> None:

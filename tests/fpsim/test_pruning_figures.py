@@ -13,7 +13,9 @@ from matplotlib.image import imread
 
 from fpsim import figures
 from fpsim.cli import main
-from fpsim.figures import pruned_training
+from fpsim.config import load_config
+from fpsim.figures import gradient_formats, pruned_training, runs
+from fpsim.layers import format_of
 
 CONFIG = """
 name: tiny
@@ -90,7 +92,7 @@ def test_accuracy_against_achieved(
         assert one["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
         assert one["seeds"] == 2
         if one["method"] == "none":
-            assert (one["less_than_none"], one["standard_error"]) == (0, 0)
+            assert (one["less_than_plain"], one["standard_error"]) == (0, 0)
     assert imread(small / "out" / "fig5-left.png").shape[2] == 4
 
 
@@ -104,7 +106,7 @@ def test_finished_runs_stay_and_unfinished_ones_go_on(
     first = (small / "fig5-left.json").read_bytes()
     trained: list[Path] = []
     for name in ("run", "resume"):
-        monkeypatch.setattr(pruned_training, name, noting(getattr(pruned_training, name), trained))
+        monkeypatch.setattr(runs, name, noting(getattr(runs, name), trained))
     unfinished = small / "fig5-left-runs" / "resnet18-none-0.0-1"
     (unfinished / "results.json").unlink()
     assert reproduce(capsys, monkeypatch, *arguments)[2] == 0
@@ -136,6 +138,28 @@ def test_runs_of_another_configuration_are_not_taken(
     _, err, code = reproduce(capsys, monkeypatch, *arguments)
     assert code == 2
     assert "resnet18-none-0.0-0: holds a run of another configuration: remove it, or choose another --output" in err
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_accuracy_by_format(small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_formats, "SEEDS", 1)
+    monkeypatch.setattr(gradient_formats, "FIXED", {8: (5, 4), 4: (2,)})
+    arguments = ("gradient-formats", "--config", small / "tiny.yaml", "--output", small / "out")
+    out, err, code = reproduce(capsys, monkeypatch, *arguments)
+    assert (err, code) == ("", 0)
+    written = json.loads((small / "out" / "gradient-formats.json").read_text())
+    methods = [(row["bits"], row["method"]) for row in written["rows"]]
+    assert methods == [(32, "fp32"), (8, "e5m2"), (8, "e4m3"), (8, "adaptive"), (4, "e2m1"), (4, "adaptive")]
+    for row in written["rows"]:
+        folder = small / "out" / "gradient-formats-runs" / f"resnet18-{row['bits']}-{row['method']}-0"
+        config = load_config(folder / "config.yaml")
+        gradients = config.emulation.gradients if config.emulation else None
+        assert (gradients is None) == (row["method"] == "fp32")
+        assert bool(row["formats"]) == (row["method"] == "adaptive")
+        if gradients is not None:
+            assert format_of(gradients).bits == row["bits"]
+    assert len(out.splitlines()) == 1 + 6 + 3
+    assert imread(small / "out" / "gradient-formats.png").shape[2] == 4
 
 
 @pytest.mark.parametrize(
