@@ -24,7 +24,7 @@ from tests.accel.cuda_cases import Case, cases, flattened, numbers, same_bits
 
 COUNT = 8 * 41  # not a multiple of a warp, nor of the groups of the random words
 
-LONG = 8 * 1100
+LONG = 8 * 700
 SEVERAL_CHUNKS = (
     "quantize e4m3fn nearest_even", "encode stochastic", "both up", "prune_quantize scaled stochastic",
     "channel scales", "element scales", "blocks int8 power stochastic", "blocks of 32", "blocks of 5000",

@@ -44,11 +44,11 @@ def test_achieved_against_asked(
     monkeypatch.setattr(figures.achieved_sparsity, "ASKED", (0.6, 0.9))
     monkeypatch.setitem(figures.neural_gradients.NETWORKS, "resnet18", {"width": 2})
     fig = figures.FIGURES["fig5-right"]
-    monkeypatch.setitem(figures.FIGURES, "fig5-right", type(fig)(**{**vars(fig), "train_limit": 256}))
+    monkeypatch.setitem(figures.FIGURES, "fig5-right", type(fig)(**{**vars(fig), "train_limit": 128}))
     _, err, code = reproduce(capsys, monkeypatch, "fig5-right", "--output", tmp_path, "--seed", 1)
     assert (err, code) == ("", 0)
     written = json.loads((tmp_path / "fig5-right.json").read_text())
-    assert written["results"]["steps"] == 8
+    assert written["results"]["steps"] == 4
     found = {(row["network"], row["rule"], row["asked"]): row for row in written["rows"]}
     assert len(found) == 2 * 4 * 2
     for (_, rule, asked), row in found.items():
