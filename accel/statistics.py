@@ -23,6 +23,7 @@ from accel.kernels.jit import kernel, scalar
 from accel.words import bits_of, float_of
 
 LANES = 64
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)  # of 2^64
 SQRT_HALF = np.uint32(0x3F3504F3)  # patterns
 INFINITY, MAGNITUDE, LEAST_NORMAL = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF), np.uint32(0x00800000)
 EXPONENT_SHIFT = np.uint32(23)
@@ -73,8 +74,9 @@ def log2_statistics(x: torch.Tensor | npt.NDArray[np.floating]) -> Log2Statistic
 
 
 def _centre(values: npt.NDArray[np.float32]) -> float:
-    """A whole number near the mean of log2|x|: of up to 256 elements, evenly spaced."""
-    some = np.abs(values[:: max(values.size // 256, 1)])
+    """A whole number near the mean of log2|x|: of 256 elements at places that follow no stride of the tensor."""
+    fractions = (np.arange(1, 257, dtype=np.uint64) * GOLDEN_RATIO) / 2.0**64
+    some = np.abs(values[(fractions * values.size).astype(np.int64)]) if values.size else values
     some = some[np.isfinite(some) & (some > 0)]
     return float(np.round(np.log2(some).mean())) if some.size else 0.0
 

@@ -109,7 +109,7 @@ def _over_time(role: str, layer: str, shown: list[dict[str, Any]]) -> OverTime:
 
 
 def _zero_share(row: dict[str, Any]) -> float:
-    return float(row["zeros"] / row["elements"])
+    return float(row["zeros"] / max(row["elements"], 1))
 
 
 def _spread(values: Iterable[float | None]) -> tuple[float, float] | None:

@@ -296,7 +296,9 @@ def reproduce(
             "table1.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of that training; the first of several.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of that training, the first of several; else 0, or what the experiment says.")
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left."),

@@ -102,7 +102,8 @@ class Emulator:
     of their gradients.
 
     A delayed scale is that of the largest magnitude in the layer's tensors of that role in the steps before, as many as
-    `scale_history` says; in the first step, of the tensor itself. Evaluation uses it and leaves it.
+    `scale_history` says; of the tensor itself in the first step, and where those are all 0. Evaluation uses it and
+    leaves it.
     """
 
     def __init__(self, model: nn.Module, spec: Emulation, seed: int, optimizer: torch.optim.Optimizer | None) -> None:
@@ -180,12 +181,13 @@ class Emulator:
         self._sampled = True
 
     def step(self) -> None:
-        """End a training step: call it after the optimizer's step."""
+        """End a training step: call it after the optimizer's step, and before the gradients are set to zero or None:
+        on a sampled step they are recorded, too."""
         if self.sampling and self.model.training:
             self._recorder.update()
-            for name, module in self.layers.items():
-                weight = module._parameters["weight"]
-                if weight is not None and weight.grad is not None:
+            for name in self.distributions.layers_of(self.step_number):
+                weight = self.layers[name]._parameters["weight"]
+                if weight is not None and weight.grad is not None and weight.numel():
                     self.distributions.record(self.step_number, name, "dW", weight.grad)
         self._equalise()
         for key, largest in self._largest_now.items():
@@ -211,7 +213,6 @@ class Emulator:
         self.step_number = number
         self._sampled = False
         self._step_is_new = True
-        self._rounded_weights.clear()
         self._recorder.begin_step(number)
         self.restart_step()
 
@@ -225,6 +226,7 @@ class Emulator:
         self._samples.clear()
         self._occurrences.clear()
         self._rounded_inputs.clear()
+        self._rounded_weights.clear()
 
     def next_epoch(self) -> None:
         """Begin a new epoch: thresholds and formats that are renewed once an epoch are renewed at the next step."""
@@ -253,15 +255,18 @@ class Emulator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. Raises ValueError when the pruned layers are not the same."""
-        for key, layers in (("pruning", self.pruning), ("adapting", self.adapting)):
-            if others := set(state[key]) ^ set(layers):
+        adapting = state.get("adapting", {})  # a state of an earlier fpsim has none
+        for key, saved, layers in (("pruning", state["pruning"], self.pruning), ("adapting", adapting, self.adapting)):
+            if others := set(saved) ^ set(layers):
                 raise ValueError(f"the saved state is of other layers ({key}): {sorted(others)}")
         self._begin_step(state["step"])
         for name, pruning in self.pruning.items():
             pruning.load_state_dict(state["pruning"][name])
         for name, layer in self.adapting.items():
-            layer.load_state_dict(state["adapting"][name])
-        self._largest = {key: deque(largest, maxlen=steps) for key, (steps, largest) in state["largest"].items()}
+            layer.load_state_dict(adapting[name])
+        self._largest = {
+            key: deque(largest, maxlen=steps) for key, (steps, largest) in state.get("largest", {}).items()
+        }
 
     @property
     def gradient_sparsity(self) -> float | None:
@@ -390,7 +395,8 @@ class Emulator:
         known = self._rounded_inputs.get(key)
         if known is None or known[0]() is not x or known[1] != x._version:
             forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
-            known = forget, x._version, *self._round(x, spec.activations, stream, channel_dim, channel_dim)
+            rounded = self._round(x, spec.activations, name, "activation", stream, channel_dim, channel_dim)
+            known = forget, x._version, *rounded
             self._rounded_inputs[key] = known
         if self._saved is not None:
             self._saved.lies_on_grid(known[2], along(format_of(spec.activations), channel_dim), known[3])
@@ -402,22 +408,35 @@ class Emulator:
         """W as the hardware holds it, and its scale: rounded once a step, however often the layer runs."""
         if spec.weights is None:
             return weight, None
-        known = self._rounded_weights.get(name)
+        key = f"{self._mode}{name}" if spec.weights.scale == "delayed" else name  # evaluation leaves its history
+        known = self._rounded_weights.get(key)
         if known is None or known[:2] != (weight.data_ptr(), weight._version):
-            rounded = self._round(weight, spec.weights, f"{name}/weight", output_dim, input_dim)
-            known = self._rounded_weights[name] = (weight.data_ptr(), weight._version, *rounded)
+            rounded = self._round(weight, spec.weights, name, "weight", f"{name}/weight", output_dim, input_dim)
+            known = self._rounded_weights[key] = (weight.data_ptr(), weight._version, *rounded)
         if self._saved is not None:
             self._saved.leave(known[2])
         return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2], known[3]
 
-    def _round(self, x: Tensor, spec: TensorSpec, stream: str, scale_dim: int, block_dim: int) -> tuple[Tensor, Scale]:
+    def _round(
+        self, x: Tensor, spec: TensorSpec, layer: str, role: str, stream: str, scale_dim: int, block_dim: int
+    ) -> tuple[Tensor, Scale]:
         """x rounded, and its scale; scales a channel go along scale_dim, blocks of a block format along block_dim."""
         fmt = along(format_of(spec), block_dim)
         dim = scale_dim if spec.granularity == "channel" else None
         with torch.no_grad():
-            scale = None if spec.scale == "none" else self._scale(x.detach(), spec, fmt, dim, stream)
+            scale = None
+            if spec.scale != "none":
+                amax = self._finite_amax(x.detach(), dim, layer, role)
+                scale = self._scale(x.detach(), spec, fmt, dim, amax, f"{layer}/{role}")
             out = torch.empty_like(x)
             return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream)), scale
+
+    def _finite_amax(self, x: Tensor, dim: int | None, layer: str, role: str) -> float | Tensor:
+        """The largest magnitude of x, or of its channels. Raises NonFiniteError for an x that is not finite."""
+        amax = largest_magnitude(x, dim)
+        if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
+            raise NonFiniteError(role, layer, self.step_number)
+        return amax
 
     def _scale(
         self,
@@ -425,31 +444,26 @@ class Emulator:
         spec: TensorSpec,
         fmt: accel.Format | accel.BlockFormat,
         dim: int | None,
-        what: str,
-        drawn: Tensor | None = None,
+        amax: float | Tensor,
+        key: str,
     ) -> Scale:
-        """The scale of x, None for a block format; `drawn` is its `sample`, where one is at hand.
+        """The scale of x (or of a `sample` of it) of that largest magnitude, None for a block format.
 
-        Raises NonFiniteError for an x that is not finite.
+        key: of the history of a delayed scale.
         """
-        amax = largest_magnitude(x, dim)
-        if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
-            layer, role = what.split("/")[:2]
-            raise NonFiniteError(role, layer, self.step_number)
         if isinstance(fmt, accel.BlockFormat):
             return None
         if spec.scale == "delayed":
             assert isinstance(amax, float)
-            amax = self._delayed(what, amax, spec.scale_history)
-        return scale_of(x if drawn is None or dim is not None else drawn, fmt, spec.scale, amax, dim)
+            amax = self._delayed(key, amax, spec.scale_history)
+        return scale_of(x, fmt, spec.scale, amax, dim)
 
-    def _delayed(self, what: str, amax: float, steps: int) -> float:
-        """The largest magnitude of the steps before; that of this tensor counts from the next step on."""
-        key = "/".join(what.split("/")[:2])
+    def _delayed(self, key: str, amax: float, steps: int) -> float:
+        """The largest magnitude of the steps before, this tensor's where that is 0; its own counts from the next on."""
         before = self._largest.setdefault(key, deque(maxlen=steps))
         if self.model.training:
             self._largest_now[key] = max(self._largest_now.get(key, 0.0), amax)
-        return max(before, default=amax)
+        return max(before, default=0.0) or amax
 
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
         if call.micro_batch == 0 and dy.numel():
@@ -461,11 +475,11 @@ class Emulator:
             return dy
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
-            drawn = sample(dy)
+            amax, drawn = self._finite_amax(dy, dim, name, "gradient"), sample(dy)
             is_fixed = role.adapt is None
             fmt = format_of(role) if is_fixed else self.adapting[name].renew(drawn, self.step_number)
             fmt = along(fmt, call.channel_dim)
-            scale = self._scale(dy, role, fmt, dim, call.stream, drawn)
+            scale = self._scale(drawn if dim is None else dy, role, fmt, dim, amax, f"{name}/gradient")
             options = {"scale": scale, "out": torch.empty_like(dy), **_rounding(role), **self._words(call.stream)}
             if role.pruning is None:
                 rounded = accel.quantize(dy, fmt, **options)

@@ -182,8 +182,6 @@ class _Session:
         self.append(LEDGER_FILE, ledger.to_data(self.ledger_rows))
         self.append(GRADIENTS_FILE, distributions.rows[self.gradient_rows :])
         self.ledger_rows, self.gradient_rows = len(ledger.records), len(distributions.rows)
-        if distributions.samples:
-            write_bytes(self.folder / SAMPLES_FILE, save_safetensors(distributions.samples))
         state = {
             "seconds": self.seconds,
             "history": self.history,
@@ -193,6 +191,11 @@ class _Session:
             "emulator": self.emulator.state_dict(),
         }
         checkpoint.save(folder, self.step, self.model, self.optimizer, state)
+
+    def save_samples(self) -> None:
+        """Write the samples of the latest recorded step, if there are any since the run was begun or resumed."""
+        if self.emulator.distributions.samples:
+            write_bytes(self.folder / SAMPLES_FILE, save_safetensors(self.emulator.distributions.samples))
 
     def restore(self) -> None:
         """Take up the newest checkpoint, if there is one, and cut metrics and ledger back to it."""
@@ -208,6 +211,9 @@ class _Session:
             self.step, self.seconds_before, self.history = state["step"], state["seconds"], state["history"]
             self.epoch_loss, self.epoch_correct = state["epoch_loss"], state["epoch_correct"]
             self.emulator.load_state_dict(state["emulator"])
+            for name in LINES:
+                if name not in state["bytes"]:  # a run of an earlier fpsim
+                    (self.folder / name).write_bytes(b"")
             for name, size in state["bytes"].items():
                 _truncate(self.folder / name, size)
             rows_of(self.folder / METRICS_FILE)
@@ -281,6 +287,7 @@ def _train_steps(session: _Session, log: logging.Logger, stopped: list[str]) -> 
             log.info("epoch %s", end)
         if stopped or epoch_ended or session.step % spec.every_steps == 0:
             session.save(folder)
+            session.save_samples()
             checkpoint.prune(folder, spec.keep)
         if stopped and session.step < session.total_steps:
             log.info("stopped by %s at step %d", stopped[0], session.step)

@@ -11,7 +11,8 @@
     delayed         as amax, of the largest magnitude in the tensors of earlier steps (see `Emulator`)
     a number        that
 
-All are positive finite float32 numbers; a tensor of zeros has scale 1, unless its scale is a number.
+All are positive finite numbers, of float32 unless a number is given that is not; a tensor of zeros has scale 1, unless
+its scale is a number.
 """
 
 from __future__ import annotations
@@ -108,14 +109,14 @@ def sigma_steps(deviation: float) -> int:
 
 
 @cache
-def best_format(bits: int, policy: str, subnormals: bool, steps: int) -> Format:
-    """The float of `bits` bits with the least mean relative error for a lognormal, at its best scale.
+def best_format(bits: int, policy: str, steps: int) -> Format:
+    """The float of `bits` bits, at most 8, with the least mean relative error for a lognormal, at its best scale.
 
     steps: see `sigma_steps`. Its exponent bits are those of `fpsim.float_choice.best_exponent_bits`.
     """
     exponent_bits = int(best_exponent_bits_of(Lognormal(steps / SIGMA_STEPS), bits, policy=policy))
     widths = {"exponent_bits": exponent_bits, "mantissa_bits": bits - 1 - exponent_bits}
-    chosen = accel.format({**widths, "policy": policy, "subnormals": subnormals})
+    chosen = accel.format({**widths, "policy": policy})
     assert isinstance(chosen, Format)
     return chosen
 

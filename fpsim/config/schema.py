@@ -567,6 +567,8 @@ class TensorSpec(Section):
             raise _error_at("scale_history", f"is for scale delayed (got {shown(self.scale)})")
         if self.scale in ("lognormal_error", "delayed") and self.granularity == "channel":
             raise _error_at("granularity", f"must be 'tensor' with scale {self.scale} (got 'channel')")
+        if self.scale == "lognormal_error" and self.overflow != "saturate":
+            raise _error_at("overflow", f"must be 'saturate' with scale lognormal_error (got {shown(self.overflow)})")
         if self.scale == "lognormal_error" and isinstance(fmt, accel.Format) and fmt.bits > 16:
             raise _error_at("scale", f"lognormal_error is for formats up to 16 bits (got {fmt.name!r})")
         if self.random_bits != 32 and self.rounding != "stochastic":
@@ -595,7 +597,7 @@ class GradientSpec(TensorSpec):
     adapt: Refresh | None = None
     """Steps, or epoch, after which each layer chooses its exponent bits anew: of all formats of as many bits and the
     same policy as `format`, the one that rounds the lognormal fitted to its gradient with the least mean relative
-    error; goes with scale lognormal_error. null: `format` stays."""
+    error; with scale lognormal_error. null: `format` stays."""
 
     @model_validator(mode="after")
     def _can_adapt(self) -> GradientSpec:
@@ -606,8 +608,12 @@ class GradientSpec(TensorSpec):
             return self
         if not isinstance(fmt, accel.Format) or not fmt.exponent_bits or not fmt.signed or fmt.alpha_codes:
             raise _error_at("adapt", f"is for signed floating-point formats without alpha_codes (got {fmt.name!r})")
-        if not 3 <= fmt.bits <= 16:
-            raise _error_at("adapt", f"is for formats of 3 to 16 bits (got {fmt.name!r} of {fmt.bits})")
+        if not 3 <= fmt.bits <= 8:
+            raise _error_at("adapt", f"is for formats of 3 to 8 bits (got {fmt.name!r} of {fmt.bits})")
+        if not fmt.subnormals:
+            raise _error_at("adapt", f"is for formats with subnormals (got {fmt.name!r})")
+        if self.scale != "lognormal_error":
+            raise _error_at("adapt", f"needs scale lognormal_error, at which formats compare (got {shown(self.scale)})")
         return self
 
     @model_validator(mode="after")

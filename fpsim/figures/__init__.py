@@ -30,13 +30,14 @@ __all__ = ["FIGURES", "Figure", "Measured", "reproduce"]
 
 
 def reproduce(
-    name: str, folder: Path, data: list[str] | None = None, seed: int = 0, config: str | None = None
+    name: str, folder: Path, data: list[str] | None = None, seed: int | None = None, config: str | None = None
 ) -> list[Path]:
     """Measure the figure `name` of FIGURES and write NAME.json, NAME.csv and NAME.png into `folder`: their paths.
 
     data: image sets for a figure that trains, each NAME or NAME=FOLDER of its files; None is mnist5k, which needs none,
-    or what the figure's experiment says. seed: of that training. config: another experiment, a name or a file, for a
-    figure that is one of runs; these go to `folder`/NAME-runs, and those that are there already are not trained again.
+    or what the figure's experiment says. seed: of that training; None is 0, or what the experiment says. config:
+    another experiment, a name or a file, for a figure that is one of runs; these go to `folder`/NAME-runs, and those
+    that are there already are not trained again.
     Each file is written whole or not at all; the folder is made where it is missing.
     Raises ConfigError for what the figure does not take, DataError for files that are missing or damaged, RunError for
     a run that fails or is stopped.
@@ -49,10 +50,11 @@ def reproduce(
     if config and not figure.experiment:
         raise ConfigError([Problem("--config", f"{name} takes none: no experiment is behind it (got {config!r})")])
     if figure.experiment:
-        overrides = [f"seed={seed}", *(override for text in data or [] for override in _data_overrides(text))]
+        overrides = [override for text in data or [] for override in _data_overrides(text)]
+        overrides += [] if seed is None else [f"seed={seed}"]
         measured = figure.measure(load_config(config or figure.experiment, overrides), folder / f"{name}-runs")
     elif figure.datasets:
-        measured = figure.measure([_dataset(text, figure) for text in data or ["mnist5k"]], seed)
+        measured = figure.measure([_dataset(text, figure) for text in data or ["mnist5k"]], seed or 0)
     else:
         measured = figure.measure()
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,8 +51,8 @@ def train_all(wanted: Iterable[tuple[dict[str, Any], Config]], runs: Path) -> tu
 
 
 def summaries(rows: list[dict[str, Any]], keys: tuple[str, ...], plain: str) -> list[dict[str, Any]]:
-    """Of the runs that agree in all keys: mean and deviation over seeds, and the mean of the accuracy less that of the
-    `plain` run of the same seed, with its standard error.
+    """Of the runs that agree in all keys: mean and deviation over seeds, and the mean difference of the accuracy to the
+    plain run of the same seed, with its standard error.
 
     plain: the value of `method` in the runs to compare with; these agree in `network` and `seed`.
     """
@@ -71,7 +71,7 @@ def summaries(rows: list[dict[str, Any]], keys: tuple[str, ...], plain: str) -> 
                 "achieved": float(np.mean(achieved)) if achieved else None,
                 "accuracy_percent": float(accuracies.mean()),
                 "deviation": float(accuracies.std(ddof=1)) if several else None,
-                "less_than_plain": float(losses.mean()),
+                "difference_to_plain": float(losses.mean()),
                 "standard_error": float(losses.std(ddof=1) / np.sqrt(len(shown))) if several else None,
             }
         )
@@ -86,6 +86,8 @@ def _finished(config: Config, folder: Path) -> dict[str, Any]:
             raise ConfigError([Problem("", message, str(folder))])
         if not (folder / RESULTS_FILE).is_file():
             resume(folder, quiet=True)
+    elif folder.exists():
+        raise ConfigError([Problem("", "is what a start that was cut off has left: remove it", str(folder))])
     else:
         run(config, folder, quiet=True)
     results: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ configured, the layer takes the one with the least mean relative error at its be
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ class LayerFormat:
         """The one in force."""
         given = format_of(self.spec)
         assert isinstance(given, accel.Format)
-        return best_format(given.bits, given.policy, given.subnormals, self.steps) if self.steps else given
+        return best_format(given.bits, given.policy, self.steps) if self.steps else given
 
     def renew(self, sample: Tensor, step: int) -> accel.Format:
         """The format for a tensor of a step, given a sample of it: chosen anew when that is due."""
@@ -44,7 +45,7 @@ class LayerFormat:
         assert interval is not None
         if self.epoch_is_new or (interval != "epoch" and step >= self.next_renewal):
             mean, deviation = log2_moments(sample)
-            if mean > -float("inf"):
+            if math.isfinite(mean):
                 self.steps = sigma_steps(deviation)
                 self.renewals += 1
                 self.changes += self.format.exponent_bits != before.exponent_bits

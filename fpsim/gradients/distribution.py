@@ -1,14 +1,17 @@
 """How the gradients of a training are distributed: recorded layer by layer on the steps that the ledger samples.
 
-A neural gradient dY is recorded as it arrives at its layer, before pruning and rounding; a weight gradient dW after the
-optimizer's step, so with what its clipping did. Source: Chmiel et al., ICLR 2021, section 3.
+A neural gradient dY is recorded as it arrives at its layer, before pruning and rounding, of the first micro-batch of a
+step; a weight gradient dW after the optimizer's step: the sum over all micro-batches, with what clipping did to it.
+Source: Chmiel et al., ICLR 2021, section 3.
 """
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import accel
@@ -30,10 +33,15 @@ class Distributions:
         while self.rows and self.rows[-1]["step"] == step:
             self.rows.pop()
 
+    def layers_of(self, step: int) -> list[str]:
+        """The layers whose dY of the step, the latest one, has been recorded, in the order in which it arrived."""
+        rows = takewhile(lambda row: row["step"] == step, reversed(self.rows))
+        return [row["layer"] for row in rows if row["role"] == "dY"][::-1]
+
     def record(self, step: int, layer: str, role: str, x: Tensor) -> None:
         """Enter a gradient: of all of it elements, zeros, mean and deviation of log2|x| over the nonzeros; D of seven
         distributions (see fpsim.distributions) of the `sample` of 4096 elements, None where it has no fit."""
-        whole, taken = accel.log2_statistics(x), sample(x.detach()).clone()
+        whole, taken = accel.log2_statistics(x), sample(x.detach()).to("cpu", torch.float32, copy=True)
         values = taken.numpy()
         can_fit = not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
         fitted = compare(values) if can_fit else {}

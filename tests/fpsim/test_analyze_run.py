@@ -113,6 +113,32 @@ def test_gradients_of_zeros_have_no_fit() -> None:
         assert (row["mean_log2"], row["std_log2"], row["statistics"]) == (None, None, None)
 
 
+def test_layers_in_half_precision_are_recorded_in_float32() -> None:
+    model = nn.Sequential(nn.Linear(20, 4)).bfloat16()
+    handle = fpsim.emulate(model, {})
+    model(torch.randn(64, 20).bfloat16()).square().sum().backward()
+    handle.step()
+    assert {sample.dtype for sample in handle.distributions.samples.values()} == {torch.float32}
+    assert [row["role"] for row in handle.distributions.rows] == ["dY", "dW"]
+
+
+def test_a_layer_that_did_not_run_is_not_recorded() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(20, 4), nn.Linear(20, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Model()
+    model.idle.weight.grad = torch.ones(4, 20)
+    handle = fpsim.emulate(model, {})
+    model(torch.randn(64, 20)).square().sum().backward()
+    handle.step()
+    assert {row["layer"] for row in handle.distributions.rows} == {"used"}
+
+
 def test_a_run_leaves_rows_and_samples(folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
     by_step = defaultdict(list)

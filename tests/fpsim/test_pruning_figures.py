@@ -92,7 +92,7 @@ def test_accuracy_against_achieved(
         assert one["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
         assert one["seeds"] == 2
         if one["method"] == "none":
-            assert (one["less_than_plain"], one["standard_error"]) == (0, 0)
+            assert (one["difference_to_plain"], one["standard_error"]) == (0, 0)
     assert imread(small / "out" / "fig5-left.png").shape[2] == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import accel
 import fpsim
 from fpsim.config import parse_emulation
-from fpsim.errors import ConfigError
+from fpsim.errors import ConfigError, NonFiniteError
 from fpsim.float_choice import best_exponent_bits
 
 
@@ -79,6 +80,59 @@ def test_a_restarted_step_forgets_its_largest() -> None:
     model(torch.eye(8))
     handle.step()
     assert handle.state_dict()["largest"] == {"layer/activation": (16, [1.0])}
+
+
+def test_evaluation_between_steps_and_a_resume_change_nothing() -> None:
+    """Of a delayed scale of weights, which one step rounds once."""
+    spec = {"weights": {"format": "e4m3fn", "scale": "delayed", "scale_history": 2}}
+
+    def train(evaluates: bool, resumes: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        handle, found = fpsim.emulate(model, spec), []
+        for step in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+            handle.step()
+            found.append(model[0].weight.detach().clone())
+            if evaluates:
+                model.eval()
+                model(torch.randn(3, 6, generator=torch.Generator().manual_seed(99)))
+                model.train()
+            if resumes:
+                state = json.loads(json.dumps(handle.state_dict()))
+                handle.detach()
+                handle = fpsim.emulate(model, spec)
+                handle.load_state_dict(state)
+        return found
+
+    expected = train(evaluates=False, resumes=False)
+    for evaluates, resumes in ((True, False), (False, True), (True, True)):
+        assert all(map(torch.equal, train(evaluates, resumes), expected))
+
+
+def test_a_history_of_zeros_is_none() -> None:
+    dy = lognormal(1.0, 0)
+    spec = {"format": "e4m3fn", "scale": "delayed"}
+    found, _ = gradients_of(spec, [torch.zeros(8, 512), dy])
+    fmt = accel.format("e4m3fn")
+    assert torch.equal(found[1], accel.quantize(dy, fmt, scale=float(dy.max()) / fmt.max))
+
+
+def test_what_is_not_finite_is_one_clear_error_before_a_format_is_chosen() -> None:
+    dy = lognormal(1.0, 0)
+    dy[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match="layer"):
+        gradients_of({"format": "e5m2", "scale": "lognormal_error", "adapt": "epoch"}, [dy])
+
+
+def test_a_state_of_an_earlier_fpsim() -> None:
+    model = Probe()
+    handle = fpsim.emulate(model, {"weights": {"format": "e4m3fn", "scale": "delayed"}})
+    handle.load_state_dict({"step": 5, "pruning": {}})
+    assert handle.step_number == 5
 
 
 def test_a_constant_scale() -> None:
@@ -152,8 +206,18 @@ def test_pruning_and_the_ledger_take_the_format_in_force() -> None:
         ({"format": "mxfp4", "scale": 2.0}, "gradients.scale: must be 'none' with the block format 'mxfp4'"),
         ({"format": "int8", "adapt": 5}, "gradients.adapt: is for signed floating-point formats"),
         ({"format": "mxfp4", "adapt": 5}, "gradients.adapt: is for signed floating-point formats"),
-        ({"format": "fp32", "adapt": 5}, "gradients.adapt: is for formats of 3 to 16 bits (got 'fp32' of 32)"),
+        ({"format": "fp32", "adapt": 5}, "gradients.adapt: is for formats of 3 to 8 bits (got 'fp32' of 32)"),
         ({"format": "e5m2", "adapt": 0}, "gradients.adapt"),
+        ({"format": "e5m2", "adapt": 5}, "gradients.adapt: needs scale lognormal_error, at which formats compare"),
+        ({"format": "e5m2", "adapt": 5, "scale": "amax"}, "gradients.adapt: needs scale lognormal_error"),
+        (
+            {"format": {"exponent_bits": 3, "mantissa_bits": 2, "subnormals": False}, "adapt": 5},
+            "gradients.adapt: is for formats with subnormals",
+        ),
+        (
+            {"format": "e5m2", "scale": "lognormal_error", "overflow": "ieee"},
+            "gradients.overflow: must be 'saturate' with scale lognormal_error (got 'ieee')",
+        ),
         ({"format": "e5m2", "adapt": "never"}, "gradients.adapt: must be a number of steps or 'epoch'"),
     ],
 )

@@ -288,6 +288,13 @@ def test_a_number_is_the_scale() -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_the_best_format_has_the_best_exponent_bits(bits: int, policy: str) -> None:
     for steps in (4, 16, 40, 100):
-        found = best_format(bits, policy, True, steps)
+        found = best_format(bits, policy, steps)
         assert found.exponent_bits == best_exponent_bits(bits, steps / 16, policy=policy)
         assert (found.bits, found.policy) == (bits, policy)
+
+
+@pytest.mark.parametrize("policy", ["finite", "fn", "ieee", "fnuz", "p3109"])
+def test_every_best_format_can_be_built(policy: str) -> None:
+    for bits in range(3, 9):
+        for steps in (1, 16, 64, 160, 640):
+            assert best_format(bits, policy, steps).bits == bits
