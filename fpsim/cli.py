@@ -304,7 +304,7 @@ def reproduce(
         typer.Option(help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left."),
     ] = None,
 ) -> None:
-    """Measure a figure of the source again: FIGURE.json and FIGURE.csv with its numbers, FIGURE.png."""
+    """Measure a figure of the source again: FIGURE.json and .csv with its numbers, FIGURE.png and .svg."""
     from fpsim import figures
 
     if figure not in figures.FIGURES:

@@ -32,7 +32,7 @@ __all__ = ["FIGURES", "Figure", "Measured", "reproduce"]
 def reproduce(
     name: str, folder: Path, data: list[str] | None = None, seed: int | None = None, config: str | None = None
 ) -> list[Path]:
-    """Measure the figure `name` of FIGURES and write NAME.json, NAME.csv and NAME.png into `folder`: their paths.
+    """Measure the figure `name` of FIGURES and write NAME.json, .csv, .png and .svg into `folder`: their paths.
 
     data: image sets for a figure that trains, each NAME or NAME=FOLDER of its files; None is mnist5k, which needs none,
     or what the figure's experiment says. seed: of that training; None is 0, or what the experiment says. config:
@@ -58,11 +58,12 @@ def reproduce(
     else:
         measured = figure.measure()
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, table, picture = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png"))
+    numbers, table, *pictures = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg"))
     write_json(numbers, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
     write_text(table, _csv(measured))
-    write_bytes(picture, _png(figure, measured))
-    return [numbers, table, picture]
+    for picture in pictures:
+        write_bytes(picture, _drawn(figure, measured, picture.suffix[1:]))
+    return [numbers, table, *pictures]
 
 
 def _dataset(text: str, figure: Figure) -> Dataset:
@@ -84,10 +85,12 @@ def _csv(measured: Measured) -> str:
     return stream.getvalue()
 
 
-def _png(figure: Figure, measured: Measured) -> bytes:
-    with matplotlib.rc_context(STYLE):
+def _drawn(figure: Figure, measured: Measured, kind: str) -> bytes:
+    """The picture as `png` or `svg`: the same bytes for the same numbers."""
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": figure.name}):
         canvas = Canvas(figsize=figure.size_inches, layout="constrained")
         figure.draw(canvas, measured)
         picture = io.BytesIO()
-        canvas.savefig(picture, format="png", dpi=110, metadata={"Software": None})
+        canvas.savefig(picture, format=kind, dpi=110, metadata=metadata)
     return picture.getvalue()

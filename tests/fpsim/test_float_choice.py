@@ -31,6 +31,8 @@ STEPS = {
     8: ([0.36, 0.78, 1.70, 3.72, 8.37], [0.46, 1.07, 2.20, 4.17, 8.64]),
 }
 
+ENDINGS = ("json", "csv", "png", "svg")
+
 
 def draw(distribution: float_choice.Distribution, count: int = COUNT) -> np.ndarray:
     generator, parameter = np.random.default_rng(7), float(distribution.values)
@@ -240,8 +242,8 @@ def test_reproduce_writes_numbers_and_a_picture(
     monkeypatch.setattr(figures.float_choice, "LOG2_SIGMAS_3C", np.array([-16.0, 0.0, 16.0]))
     folder = tmp_path / "made" / "here"
     assert run(monkeypatch, name, "--output", folder) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [str(folder / f"{name}.{end}") for end in ("json", "csv", "png")]
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.{end}" for end in ("csv", "json", "png")]
+    assert capsys.readouterr().out.splitlines()[1:] == [str(folder / f"{name}.{end}") for end in ENDINGS]
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.{end}" for end in sorted(ENDINGS)]
     written = json.loads((folder / f"{name}.json").read_text())
     assert written["figure"] == name
     with (folder / f"{name}.csv").open(encoding="utf-8") as table:

@@ -158,7 +158,7 @@ def test_accuracy_by_format(small: Path, capsys: pytest.CaptureFixture[str], mon
         assert bool(row["formats"]) == (row["method"] == "adaptive")
         if gradients is not None:
             assert format_of(gradients).bits == row["bits"]
-    assert len(out.splitlines()) == 1 + 6 + 3
+    assert len(out.splitlines()) == 1 + 6 + 4
     assert imread(small / "out" / "gradient-formats.png").shape[2] == 4
 
 
