@@ -121,9 +121,8 @@ class Emulator:
             for name, layer in self.specs.items()
             if layer.gradients is not None and layer.gradients.adapt is not None
         }
-        self._largest: dict[
-            str, deque[float]
-        ] = {}  # magnitude of the steps before, by "layer/role", for delayed scales
+        # for delayed scales, by "layer/role": the largest magnitudes of the steps before, and of this one
+        self._largest: dict[str, deque[float]] = {}
         self._largest_now: dict[str, float] = {}
         self._streams: dict[int, str] = {}
         self._occurrences: dict[str, int] = defaultdict(int)

@@ -5,7 +5,6 @@ What is finished is not trained again, and what was interrupted goes on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 
 from fpsim.config import Config, config_hash, load_config
 from fpsim.errors import ConfigError, Problem
-from fpsim.runner import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, resume, run
+from fpsim.report.results import Results, load_results
+from fpsim.runner import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, resume, rows_of, run
 
 
 def train_all(wanted: Iterable[tuple[dict[str, Any], Config]], runs: Path) -> tuple[list[dict[str, Any]], str]:
@@ -78,7 +78,7 @@ def summaries(rows: list[dict[str, Any]], keys: tuple[str, ...], plain: str) -> 
     return found
 
 
-def _finished(config: Config, folder: Path) -> dict[str, Any]:
+def _finished(config: Config, folder: Path) -> Results:
     """The results of a run of the configuration in the folder, trained now as far as it was not."""
     if (folder / CONFIG_FILE).is_file():
         if config_hash(load_config(folder / CONFIG_FILE)) != config_hash(config):
@@ -90,11 +90,9 @@ def _finished(config: Config, folder: Path) -> dict[str, Any]:
         raise ConfigError([Problem("", "is what a start that was cut off has left: remove it", str(folder))])
     else:
         run(config, folder, quiet=True)
-    results: dict[str, Any] = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-    return results
+    return load_results(folder)
 
 
 def _achieved(folder: Path) -> float | None:
-    rows = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
-    zeros = [row["gradient_sparsity"] for row in rows if row["kind"] == "step"]
+    zeros = [row["gradient_sparsity"] for row in rows_of(folder / METRICS_FILE) if row["kind"] == "step"]
     return None if None in zeros else float(np.mean(zeros))
