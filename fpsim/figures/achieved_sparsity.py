@@ -115,9 +115,9 @@ def _misses(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def draw_fig5_right(canvas: Canvas, measured: Measured) -> None:
-    data = str(measured.results["data"]).partition(":")[0]
     canvas.suptitle(
-        f"Asked and achieved: the share of zeros in the neural gradients of networks that train on {data}\n"
+        "Asked and achieved: the share of zeros in the neural gradients of networks that train on "
+        f"{measured.data_name}\n"
         "all gradients together, mean over the last epoch; shaded: from the lowest to the highest layer",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip

@@ -16,6 +16,11 @@ class Measured:
     rows: list[dict[str, Any]]
     results: dict[str, Any]
 
+    @property
+    def data_name(self) -> str:
+        """Of the data set that `results` describe under "data"."""
+        return str(self.results["data"]).partition(":")[0]
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -58,7 +58,7 @@ def _gradients(bits: int, exponent_bits: int) -> dict[str, Any]:
 
 
 def draw_formats(canvas: Canvas, measured: Measured) -> None:
-    data, model = str(measured.results["data"]).partition(":")[0], measured.results["model"]
+    data, model = measured.data_name, measured.results["model"]
     canvas.suptitle(
         f"Accuracy by the format of the neural gradients: {model['name']} of width {model.get('width')} on {data}, "
         f"{measured.results['training']['epochs']} epochs\n"

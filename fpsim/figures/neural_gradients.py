@@ -394,8 +394,7 @@ def _origin(network: str, dataset: Dataset, seed: int) -> dict[str, Any]:
 
 
 def _words(measured: Measured) -> str:
-    data = str(measured.results["data"]).partition(":")[0]
-    return f"ResNet18 of width {WIDTH} trained on {data}"
+    return f"ResNet18 of width {WIDTH} trained on {measured.data_name}"
 
 
 def _logs(x: Tensor) -> Any:

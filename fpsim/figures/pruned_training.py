@@ -58,10 +58,9 @@ def _wanted(config: Config) -> Iterator[tuple[dict[str, Any], Config]]:
 
 
 def draw_fig5_left(canvas: Canvas, measured: Measured) -> None:
-    data = str(measured.results["data"]).partition(":")[0]
     canvas.suptitle(
-        f"Accuracy against the zeros in the neural gradients: networks of width {measured.results['width']} on {data}, "
-        f"{measured.results['training']['epochs']} epochs\n"
+        f"Accuracy against the zeros in the neural gradients: networks of width {measured.results['width']} on "
+        f"{measured.data_name}, {measured.results['training']['epochs']} epochs\n"
         "small: a run each; large: mean over seeds, joined along the sparsity asked for",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from fpsim import figures
 from fpsim.analyze import pages, sentence, to_data
-from fpsim.cli import main
 from fpsim.lognormal import cosine
+from tests.fpsim.command_line import command
 
 
 def lognormal() -> torch.Tensor:
@@ -22,16 +22,6 @@ def lognormal() -> torch.Tensor:
     x = np.exp2(-20 + 2.0 * random.standard_normal(20_000)) * random.choice([-1.0, 1.0], 20_000)
     x[:5000] = 0
     return torch.from_numpy(x).float()
-
-
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["fpsim", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    output = capsys.readouterr()
-    return output.out, output.err, int(stop.value.code or 0)
 
 
 @pytest.fixture
@@ -44,7 +34,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_row_and_a_sentence_for_each_tensor(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, err, code = run(capsys, monkeypatch, "analyze", file, "--sparsity", 0.85, "--plot", tmp_path / "out.png")
+    out, err, code = command("analyze", capsys, monkeypatch, file, "--sparsity", 0.85, "--plot", tmp_path / "out.png")
     assert (err, code) == ("", 0)
     lines = out.splitlines()
     assert lines[0].split()[:3] == ["tensor", "elements", "zeros"]
@@ -63,7 +53,7 @@ def test_a_row_and_a_sentence_for_each_tensor(
 def test_json_holds_what_the_table_shows(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, err, code = run(capsys, monkeypatch, "analyze", file, "--json", "--tensor", "dY")
+    out, err, code = command("analyze", capsys, monkeypatch, file, "--json", "--tensor", "dY")
     assert (err, code) == ("", 0)
     (page,) = json.loads(out)
     assert (page["elements"], page["zeros"], page["best"]) == (20_000, 5000, "lognormal")
@@ -109,7 +99,7 @@ def test_mistakes(
     monkeypatch.chdir(file.parent)
     np.save("nan.npy", np.array([1.0, np.nan]))
     places = {"FILE": str(file), "FOLDER": str(file.parent)}
-    out, err, code = run(capsys, monkeypatch, "analyze", *[places.get(option, option) for option in options])
+    out, err, code = command("analyze", capsys, monkeypatch, *[places.get(option, option) for option in options])
     assert (out, code) == ("", 2)
     assert message in err
     assert len(err.splitlines()) == 1
@@ -125,7 +115,7 @@ def test_figures_of_real_gradients(
     monkeypatch.setattr(figures.neural_gradients, "_describe", quick)
     networks = {"resnet18": {"width": 2}, "mlp": {}}
     monkeypatch.setattr(figures.neural_gradients, "NETWORKS", networks)
-    _, err, code = run(capsys, monkeypatch, "reproduce", name, "--output", tmp_path, "--seed", 1)
+    _, err, code = command("reproduce", capsys, monkeypatch, name, "--output", tmp_path, "--seed", 1)
     assert (err, code) == ("", 0)
     written = json.loads((tmp_path / f"{name}.json").read_text())
     assert written["results"]["seed"] == 1
@@ -154,7 +144,7 @@ def quick(x: torch.Tensor) -> dict[str, object]:
 def test_wrong_data_of_a_figure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, err, code = run(capsys, monkeypatch, "reproduce", *arguments)
+    _, err, code = command("reproduce", capsys, monkeypatch, *arguments)
     assert code == 2
     assert message in err
 
@@ -162,7 +152,7 @@ def test_wrong_data_of_a_figure(
 def test_missing_files_of_a_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, err, code = run(capsys, monkeypatch, "reproduce", "fig2", "--data", f"fashion_mnist={tmp_path}/none")
+    _, err, code = command("reproduce", capsys, monkeypatch, "fig2", "--data", f"fashion_mnist={tmp_path}/none")
     assert code == 1
     assert "not found" in err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from scipy import stats
 from torch import nn
 
 import fpsim
-from fpsim.cli import main
 from fpsim.runner import run
+from tests.fpsim.command_line import command
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
@@ -42,14 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def fpsim_analyze(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["fpsim", "analyze", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    output = capsys.readouterr()
-    return output.out, output.err, int(stop.value.code or 0)
+fpsim_analyze = partial(command, "analyze")
 
 
 def test_rows_are_what_numpy_and_scipy_find_in_the_exact_gradients() -> None:

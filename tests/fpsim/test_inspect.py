@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import zstandard
 from safetensors.torch import save_file
 
 import accel
-from fpsim.cli import main
 from fpsim.inspect import pages, to_data
+from tests.fpsim.command_line import command
 
 SCALE, ALPHA = 2.0**-10, float(np.float32(0.004))
 
@@ -27,14 +28,7 @@ def pruned() -> torch.Tensor:
     return accel.prune_quantize(x, ALPHA, "e4m3fn", scale=SCALE, seed=1)[0]
 
 
-def inspect(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["fpsim", "inspect", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    output = capsys.readouterr()
-    return output.out, output.err, int(stop.value.code or 0)
+inspect = partial(command, "inspect")
 
 
 def test_a_packed_stream(tmp_path: Path) -> None:

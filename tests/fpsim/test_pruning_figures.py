@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 from matplotlib.image import imread
 
 from fpsim import figures
-from fpsim.cli import main
 from fpsim.config import load_config
 from fpsim.figures import gradient_formats, pruned_training, runs
 from fpsim.layers import format_of
+from tests.fpsim.command_line import command
 
 CONFIG = """
 name: tiny
@@ -26,14 +27,7 @@ training: {epochs: 1, batch_size: 8, optimizer: {name: sgd, learning_rate: 0.05}
 """
 
 
-def reproduce(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["fpsim", "reproduce", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    output = capsys.readouterr()
-    return output.out, output.err, int(stop.value.code or 0)
+reproduce = partial(command, "reproduce")
 
 
 def test_achieved_against_asked(

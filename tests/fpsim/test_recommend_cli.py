@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from matplotlib.image import imread
 from safetensors.torch import save_file
 
 import accel
-from fpsim.cli import main
 from fpsim.recommend import recommend, save_plot, source_of, to_data
+from tests.fpsim.command_line import command
 
 FEW = ["--sparsity", "0", "--sparsity", "0.8", "--format", "e2m1", "--format", "e4m3fn"]
 FEW += ["--codec", "bitmask", "--codec", "alpha"]
@@ -27,14 +28,7 @@ def gradient() -> torch.Tensor:
     return magnitude * torch.randn(100, 120, generator=generator).sign()
 
 
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[str, str, int]:
-    monkeypatch.setattr("sys.argv", ["fpsim", "recommend", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    output = capsys.readouterr()
-    return output.out, output.err, int(stop.value.code or 0)
+run = partial(command, "recommend")
 
 
 @pytest.fixture
