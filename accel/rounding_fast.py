@@ -158,17 +158,21 @@ def round_nearest_even(x, p):  # type: ignore[no-untyped-def]
 
 
 @scalar
+def drawn_pattern(x, draw, p):  # type: ignore[no-untyped-def]
+    """The pattern of |x| with the drawn bits added to those that a normal result discards."""
+    return np.uint32(np.uint32(bits_of(x) & MAGNITUDE) + np.uint32(right(draw, p.draw_shift) & p.draw_mask))
+
+
+@scalar
 def round_stochastic(x, draw, p):  # type: ignore[no-untyped-def]
     """Round |x| up with the probability of its discarded fraction, by a random word: (pattern, steps) as above."""
-    bits = np.uint32(bits_of(x) & MAGNITUDE)
-    pattern = np.uint32(bits + np.uint32(right(draw, p.draw_shift) & p.draw_mask))
-    small = float_of(bits)
+    small = float_of(np.uint32(bits_of(x) & MAGNITUDE))
     small = small if small < p.min_normal else FLOAT_ZERO
     units = np.float32(np.float32(small * p.steps_1) * p.steps_2)
     whole = np.int32(units)
     fraction = np.uint32(np.float32(np.float32(units - np.float32(whole)) * TWO_TO_THE_32))
     largest_kept = np.uint32(np.uint32(draw | p.rest_mask_32) ^ p.draw_mask_32)
-    return pattern, np.uint32(np.uint32(whole) + (ONE if fraction > largest_kept else ZERO))
+    return drawn_pattern(x, draw, p), np.uint32(np.uint32(whole) + (ONE if fraction > largest_kept else ZERO))
 
 
 @scalar
@@ -225,6 +229,12 @@ def fast_narrow_value(x, draw, p):  # type: ignore[no-untyped-def]
 def fast_stochastic_value(x, draw, p):  # type: ignore[no-untyped-def]
     pattern, steps = round_stochastic(x, draw, p)
     return finish(pattern, steps, x, p)
+
+
+@scalar
+def fast_stochastic_normal_value(x, draw, p):  # type: ignore[no-untyped-def]
+    """`fast_stochastic_value` of zeros and of |x| >= min_normal."""
+    return signed_value(float_of(np.uint32(drawn_pattern(x, draw, p) & p.keep)), bits_of(x), p)
 
 
 @scalar

@@ -30,7 +30,7 @@ from accel.kernels.arguments import Fields, Key, Layout, Scales, Table
 from accel.kernels.jit import Kernel, config, kernel, part, scalar
 from accel.random import philox4x32
 from accel.rounding import Parameters, prune_stochastic, value_of
-from accel.rounding_fast import FastParameters, IntegerParameters
+from accel.rounding_fast import FastParameters, IntegerParameters, fast_stochastic_normal_value
 from accel.words import LOW_WORD, bits_of, has_exact_inverse, inverse_power
 
 CHUNK = 4096  # elements whose random words are held at once, and the block of the counts
@@ -515,6 +515,19 @@ def _round_survivors_by_one(kept, drawn, factor, alpha, p):  # type: ignore[no-u
     return counts
 
 
+def _draw_survivors_by_one(kept, drawn, factor, alpha, p):  # type: ignore[no-untyped-def]
+    """The same, without the steps for subnormal results where alpha, and so every survivor, is normal."""
+    inverse = inverse_power(factor)
+    if not (has_exact_inverse(factor) and np.float32(alpha * inverse) >= p.min_normal):
+        return round_any_by_one(kept, drawn, factor, alpha, p)  # noqa: F821
+    counts = np.uint32(0)
+    for i in range(kept.size):
+        rounded = np.float32(fast_stochastic_normal_value(np.float32(kept[i] * inverse), drawn[i], p) * factor)
+        kept[i] = survivor(kept[i], rounded, alpha)
+        counts = np.uint32(counts + tally(kept[i], alpha))
+    return counts
+
+
 def _round_survivors_scaled(kept, drawn, factors, is_exact, alpha, p):  # type: ignore[no-untyped-def]
     counts = np.uint32(0)
     if is_exact:
@@ -618,8 +631,11 @@ def _kernels(method: str) -> dict[str, Kernel]:
         kernels[f"{name}_blocks"] = kernel(_round_blocks, f"{name}_blocks_{method}", **bound)
         kernels[f"{name}_columns"] = kernel(_round_columns, f"{name}_columns_{method}", **bound)
     kernels["both"] = kernel(_round_both, f"both_{method}", **bound)  # bound to the code function
+    by_one = part(_round_survivors_by_one, f"survivors_{method}_by_one", transform=value)
+    if method == "fast_stochastic":
+        by_one = part(_draw_survivors_by_one, f"survivors_{method}_normal", round_any_by_one=by_one)
     rows = {
-        "round_survivors_by_one": part(_round_survivors_by_one, f"survivors_{method}_by_one", transform=value),
+        "round_survivors_by_one": by_one,
         "round_survivors_scaled": part(_round_survivors_scaled, f"survivors_{method}_scaled", transform=value),
     }
     kernels["prune"] = kernel(_prune_round, f"prune_quantize_{method}", **rows, **bound)

@@ -107,6 +107,8 @@ FUSED = {
     "nearest": {"fmt": "e5m2"},
     "stochastic": {"fmt": "e5m2", "rounding": "stochastic"},
     "few bits": {"fmt": "e4m3fn", "rounding": "stochastic", "random_bits": 3, "scale": 0.01},
+    "alpha smallest normal": {"fmt": "e5m2", "rounding": "stochastic", "scale": 2.0**7},  # ON_GRID is 2^-14 scaled
+    "alpha subnormal": {"fmt": "e5m2", "rounding": "stochastic", "scale": 2.0**8},
     "ieee": {"fmt": "e4m3fnuz", "overflow": "ieee", "flush_subnormals": "output"},
     "channels": {"fmt": "e4m3fn", "rounding": "stochastic", "scale": torch.tensor([0.01, 0.5, 3e-4])[:, None]},
 }
