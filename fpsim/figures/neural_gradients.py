@@ -320,7 +320,8 @@ def draw_table1(canvas: Canvas, measured: Measured) -> None:
         "mean and standard deviation over layers and training steps; the best of each network is filled",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
-    axes, over_time, single = (canvas.add_subplot(place) for place in (211, 223, 224))
+    grid = canvas.add_gridspec(2, 2)
+    axes, over_time, single = (canvas.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     names = list(FAMILIES)
     for number, row in enumerate(measured.rows):
         least = min(names, key=lambda name: row[name])
@@ -337,7 +338,7 @@ def draw_table1(canvas: Canvas, measured: Measured) -> None:
     axes.set(ylabel="D", ylim=(0, None))
     _draw_over_time(over_time, measured)
     _draw_single_layers(single, measured)
-    canvas.legend(loc="outside lower left", ncols=3)
+    canvas.legend(handles=axes.get_legend_handles_labels()[0], loc="outside lower left", ncols=4)
 
 
 def _draw_over_time(axes: Axes, measured: Measured) -> None:
