@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,21 @@ from fpsim.files import write_json, write_text
 
 VERSION = 1
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+EMULATOR_FILE = "emulator.safetensors"
+FILES = (MODEL_FILE, OPTIMIZER_FILE, EMULATOR_FILE, STATE_FILE)
 SUMS_FILE = "SHA256SUMS"  # in the form that `sha256sum --check` reads
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write the checkpoint `folder`/step-`step` with the model, the optimizer, torch's random state and `state`."""
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> Path:
+    """Write the checkpoint `folder`/step-`step`: the model, the optimizer, torch's random state, and the emulator's
+    `state` and `tensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
     partial = folder / f".step-{step}.{os.getpid()}.tmp"
@@ -33,6 +44,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     optimizer_tensors = {f"{i}.{key}": v for i, entry in entries.items() for key, v in entry.items() if v is not None}
     save_file(_own(model.state_dict()), partial / MODEL_FILE)
     save_file(_own({**optimizer_tensors, "torch_random_state": torch.get_rng_state()}), partial / OPTIMIZER_FILE)
+    save_file(_own(tensors), partial / EMULATOR_FILE)
     write_json(partial / STATE_FILE, {"version": VERSION, "step": step, **state})
     write_text(partial / SUMS_FILE, _sums(partial))
     shutil.rmtree(final, ignore_errors=True)
@@ -58,14 +70,18 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the model, the optimizer and torch's random state back as a checkpoint holds them; returns its other state.
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Put the model, the optimizer and torch's random state back as a checkpoint holds them; returns the emulator's
+    state and tensors.
 
     Raises RunError for a checkpoint that is damaged or of a newer version.
     """
     try:
         written = (path / SUMS_FILE).read_text(encoding="utf-8").splitlines()
-        for line in _sums(path).splitlines():
+        names = [
+            name for name in FILES if name != EMULATOR_FILE or name in "".join(written)
+        ]  # not before fpsim wrote it
+        for line in _sums(path, names).splitlines():
             if line not in written:
                 raise RunError(f"{path / line.split()[1]}: damaged, its SHA-256 is not the one in {SUMS_FILE}")
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -80,15 +96,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             optimizer_state.setdefault(int(index), {})[name] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
+        emulator_tensors = load_file(path / EMULATOR_FILE) if EMULATOR_FILE in names else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{path}: cannot be read as a checkpoint of this run: {error}") from error
-    return state
+    return state, emulator_tensors
 
 
-def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _sums(folder: Path) -> str:
-    names = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+def _sums(folder: Path, names: Sequence[str] = FILES) -> str:
     return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)

@@ -45,11 +45,13 @@ from fpsim.layers import (
     layer_specs,
     matrix_layers,
     output_dim,
+    pruned_layers,
     unsupported_layers,
 )
 from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.saved import Kept, SavedTensors
 from fpsim.scales import largest_magnitude, sample, scale_of
+from fpsim.weights.pruner import WeightPruner
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -79,19 +81,21 @@ def emulate(
     *,
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
+    steps_per_epoch: int | None = None,
 ) -> Emulator:
     """Attach `spec` to `model` and return the handle; `handle.detach()` leaves the model as it was, bit for bit.
 
     spec: the `emulation` section of a configuration as an object or a mapping, or the name or path of an accelerator
-    file. seed: of the random words. optimizer: its state is counted in the ledger when given.
-    Call `handle.step()` after every optimizer step.
-    Raises ConfigError for a specification that is not valid, PatternError for a pattern that matches no layer.
+    file. seed: of the random words. optimizer: its state is counted in the ledger when given. steps_per_epoch: for
+    weight pruning that counts in epochs. Call `handle.step()` after every optimizer step.
+    Raises ConfigError for a specification that is not valid, PatternError for a pattern that matches no layer,
+    ValueError where steps_per_epoch is needed.
     """
     if isinstance(spec, str):
         spec = {"accelerator": spec}
     if not isinstance(spec, Emulation):
         spec = parse_emulation(spec)
-    return Emulator(model, spec, seed, optimizer)
+    return Emulator(model, spec, seed, optimizer, steps_per_epoch)
 
 
 class Emulator:
@@ -99,14 +103,21 @@ class Emulator:
 
     ledger: accel.Ledger of the sampled steps. statistics: one row a pruned layer (see `LayerPruning.summary`).
     distributions: of the neural and weight gradients of the sampled steps. adapting: the layers that choose the format
-    of their gradients.
+    of their gradients. weight_pruning: what prunes the weights, if anything does.
 
     A delayed scale is that of the largest magnitude in the layer's tensors of that role in the steps before, as many as
     `scale_history` says; of the tensor itself in the first step, and where those are all 0. Evaluation uses it and
     leaves it.
     """
 
-    def __init__(self, model: nn.Module, spec: Emulation, seed: int, optimizer: torch.optim.Optimizer | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: Emulation,
+        seed: int,
+        optimizer: torch.optim.Optimizer | None,
+        steps_per_epoch: int | None,
+    ) -> None:
         self.model, self.spec, self.seed = model, spec, seed
         self.layers = matrix_layers(model)
         self.specs = layer_specs(model, spec)
@@ -121,6 +132,11 @@ class Emulator:
             for name, layer in self.specs.items()
             if layer.gradients is not None and layer.gradients.adapt is not None
         }
+        self.weight_pruning: WeightPruner | None = None
+        if spec.weight_pruning is not None:
+            layers = pruned_layers(model, spec.weight_pruning)
+            self.weight_pruning = WeightPruner(layers, spec.weight_pruning, steps_per_epoch)
+        self._ran_in_forward: set[str] = set()
         # for delayed scales, by "layer/role": the largest magnitudes of the steps before, and of this one
         self._largest: dict[str, deque[float]] = {}
         self._largest_now: dict[str, float] = {}
@@ -188,6 +204,8 @@ class Emulator:
                 weight = self.layers[name]._parameters["weight"]
                 if weight is not None and weight.grad is not None and weight.numel():
                     self.distributions.record(self.step_number, name, "dW", weight.grad)
+        if self.weight_pruning is not None and self.model.training:
+            self.weight_pruning.end_step()
         self._equalise()
         for key, largest in self._largest_now.items():
             self._largest[key].append(largest)
@@ -220,6 +238,8 @@ class Emulator:
         if self._saved is not None:
             self._saved.close()
         self._recorder.restart_step()
+        if self.weight_pruning is not None:
+            self.weight_pruning.restart_step()
         self.distributions.restart_step(self.step_number)
         self._largest_now.clear()
         self._samples.clear()
@@ -233,27 +253,37 @@ class Emulator:
             pruning.epoch_is_new = True
         for adapting in self.adapting.values():
             adapting.epoch_is_new = True
+        if self.weight_pruning is not None:
+            self.weight_pruning.epoch_is_new = True
 
     def detach(self) -> None:
         """Remove every hook. The model's parameters, buffers and modules are what they were without emulation."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.weight_pruning is not None:
+            self.weight_pruning.detach()
         self._recorder.close()
         if self._saved is not None:
             self._saved.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Step number, thresholds and statistics, as plain data (JSON). The ledger has its own `to_data`."""
+        """Step number, thresholds and statistics, as plain data (JSON), to which `tensors()` belong. The ledger has its
+        own `to_data`."""
         return {
             "step": self.step_number,
             "pruning": {name: pruning.state_dict() for name, pruning in self.pruning.items()},
             "adapting": {name: layer.state_dict() for name, layer in self.adapting.items()},
             "largest": {key: (largest.maxlen, list(largest)) for key, largest in self._largest.items()},
+            "weight_pruning": None if self.weight_pruning is None else self.weight_pruning.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`. Raises ValueError when the pruned layers are not the same."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state: masks of the weights, and averages."""
+        return {} if self.weight_pruning is None else self.weight_pruning.tensors()
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Go on from `state_dict()` and `tensors()`. Raises ValueError when the pruned layers are not the same."""
         adapting = state.get("adapting", {})  # a state of an earlier fpsim has none
         for key, saved, layers in (("pruning", state["pruning"], self.pruning), ("adapting", adapting, self.adapting)):
             if others := set(saved) ^ set(layers):
@@ -266,6 +296,11 @@ class Emulator:
         self._largest = {
             key: deque(largest, maxlen=steps) for key, (steps, largest) in state.get("largest", {}).items()
         }
+        weights = state.get("weight_pruning")
+        if (weights is None) != (self.weight_pruning is None):
+            raise ValueError("the saved state is of other weight pruning")
+        if self.weight_pruning is not None and weights is not None:
+            self.weight_pruning.load(weights, tensors or {})
 
     @property
     def gradient_sparsity(self) -> float | None:
@@ -285,6 +320,7 @@ class Emulator:
             assert isinstance(weight, nn.Parameter)
             self._check_call(name, spec, x)
             self._ran.add(name)
+            self._check_samples(name)
             rounded_x, x_scale = self._rounded_input(name, spec, x, channel_dim(module, x))
             rounded_weight, w_scale = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
             if self._recording:
@@ -300,7 +336,8 @@ class Emulator:
         def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             if originals:
                 module._parameters["weight"] = originals.pop()
-            is_observed = self._trains and (spec.gradients is not None or self._recording)
+            by_sample = self.weight_pruning if self._counts_samples(name) else None
+            is_observed = self._trains and (spec.gradients is not None or self._recording or by_sample is not None)
             if output is None or not is_observed:  # None: the layer raised
                 return
             if not isinstance(output, Tensor):
@@ -316,7 +353,14 @@ class Emulator:
                     has_wgrad=weight is not None and weight.requires_grad,
                     micro_batch=self._recorder.micro_batch if self._recording else None,
                 )
-                output.register_hook(lambda dy: self._gradient(name, spec.gradients, dy, call))
+
+                def arrived(dy: Tensor) -> Tensor:
+                    dy = self._gradient(name, spec.gradients, dy, call)
+                    if by_sample is not None:
+                        by_sample.samples(name, x.detach(), dy)
+                    return dy
+
+                output.register_hook(arrived)
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
@@ -331,6 +375,16 @@ class Emulator:
             raise RunError(f"layer {name!r} runs under autocast: emulation works on float32 tensors")
         if torch._C._current_graph_task_id() != -1:
             raise RunError(f"layer {name!r} is recomputed in backward: activation checkpointing cannot be emulated")
+
+    def _counts_samples(self, name: str) -> bool:
+        return self._trains and self.weight_pruning is not None and self.weight_pruning.wants_samples(name)
+
+    def _check_samples(self, name: str) -> None:
+        if self._counts_samples(name):
+            if name in self._ran_in_forward:
+                message = "its gradients by sample cannot be told apart: use estimator microbatch"
+                raise RunError(f"layer {name!r} runs twice in a forward pass: {message}")
+            self._ran_in_forward.add(name)
 
     def _check_all_ran(self) -> None:
         emulated = {name for name, spec in self.specs.items() if spec != FLOAT32}
@@ -351,6 +405,9 @@ class Emulator:
         if self._trains and self._step_is_new:
             self._step_zeros, self._step_elements = 0, 0
             self._step_is_new = False
+            if self.weight_pruning is not None and self.weight_pruning.begin_step(self.step_number):
+                self._rounded_weights.clear()
+        self._ran_in_forward.clear()
         if self._recording:
             self._recorder.begin_forward()
         if self._saved is not None:
@@ -404,17 +461,18 @@ class Emulator:
     def _rounded_weight(
         self, name: str, spec: LayerSpec, weight: nn.Parameter, output_dim: int, input_dim: int
     ) -> tuple[Tensor, Scale]:
-        """W as the hardware holds it, and its scale: rounded once a step, however often the layer runs."""
+        """W, masked, as the hardware holds it, and its scale: rounded once a step, however often the layer runs."""
+        masked = weight if self.weight_pruning is None else self.weight_pruning.masked(name, weight)
         if spec.weights is None:
-            return weight, None
+            return masked, None
         key = f"{self._mode}{name}" if spec.weights.scale == "delayed" else name  # evaluation leaves its history
         known = self._rounded_weights.get(key)
         if known is None or known[:2] != (weight.data_ptr(), weight._version):
-            rounded = self._round(weight, spec.weights, name, "weight", f"{name}/weight", output_dim, input_dim)
+            rounded = self._round(masked, spec.weights, name, "weight", f"{name}/weight", output_dim, input_dim)
             known = self._rounded_weights[key] = (weight.data_ptr(), weight._version, *rounded)
         if self._saved is not None:
             self._saved.leave(known[2])
-        return _StraightThrough.apply(weight, known[2]) if weight.requires_grad else known[2], known[3]
+        return _StraightThrough.apply(masked, known[2]) if weight.requires_grad else known[2], known[3]
 
     def _round(
         self, x: Tensor, spec: TensorSpec, layer: str, role: str, stream: str, scale_dim: int, block_dim: int

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import accel
-from fpsim.config.schema import Emulation, GradientSpec, TensorSpec, number_format
+from fpsim.config.schema import (
+    DensePruning,
+    Emulation,
+    GradientSpec,
+    SnrPruning,
+    TensorSpec,
+    WeightPruning,
+    number_format,
+)
 
 OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -23,7 +31,8 @@ def format_of(spec: TensorSpec) -> accel.Format | accel.BlockFormat:
 
 
 class PatternError(ValueError):
-    """A layer pattern that matches nothing. `path` is its place in the emulation section (`exclude.0`)."""
+    """A pattern that matches no layer, or an option that does not fit the model. `path` is its place in the emulation
+    section (`exclude.0`)."""
 
     def __init__(self, path: str, message: str) -> None:
         super().__init__(message)
@@ -91,22 +100,52 @@ def layer_specs(model: nn.Module, emulation: Emulation) -> dict[str, LayerSpec]:
     Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer.
     """
     layers = matrix_layers(model)
-
-    def chosen(pattern: str, path: str) -> set[str]:
-        names = matching(pattern, layers)
-        if not names:
-            raise PatternError(path, _no_match(pattern, layers))
-        return names
-
-    included = set().union(*(chosen(p, f"include.{i}") for i, p in enumerate(emulation.include)))
-    excluded = set().union(*(chosen(p, f"exclude.{i}") for i, p in enumerate(emulation.exclude)))
+    included = _chosen_by(emulation.include, "include", layers)
+    excluded = _chosen_by(emulation.exclude, "exclude", layers)
     general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients)
     specs = {name: general if name in included - excluded else FLOAT32 for name in layers}
     for i, override in enumerate(emulation.overrides):
-        for name in chosen(override.match, f"overrides.{i}.match"):
+        for name in _chosen(override.match, f"overrides.{i}.match", layers):
             given = {role: getattr(override, role) for role in override.model_fields_set - {"match"}}
             specs[name] = LayerSpec(**{**vars(specs[name]), **given})
     return specs
+
+
+def pruned_layers(model: nn.Module, spec: WeightPruning) -> dict[str, nn.Module]:
+    """The matrix layers whose weights are pruned: those that train and are not excluded.
+
+    Raises PatternError for a pattern of `exclude` that matches no matrix layer, for nothing left to prune, and for
+    per-sample gradients of a model with batch normalisation.
+    """
+    if isinstance(spec, DensePruning):
+        return {}
+    layers = matrix_layers(model)
+    excluded = _chosen_by(spec.exclude, "weight_pruning.exclude", layers)
+    pruned = {
+        name: module
+        for name, module in layers.items()
+        if name not in excluded and module.get_parameter("weight").requires_grad
+    }
+    if not pruned:
+        raise PatternError("weight_pruning", "leaves no layer whose weights train and could be pruned")
+    batch_norms = [
+        name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if isinstance(spec, SnrPruning) and spec.estimator == "per_sample" and batch_norms:
+        message = f"per_sample is not for models with batch normalisation ({batch_norms[0]}), which mixes the samples"
+        raise PatternError("weight_pruning.estimator", f"{message}: use microbatch")
+    return pruned
+
+
+def _chosen_by(patterns: list[str], path: str, layers: dict[str, nn.Module]) -> set[str]:
+    return set().union(*(_chosen(pattern, f"{path}.{i}", layers) for i, pattern in enumerate(patterns)))
+
+
+def _chosen(pattern: str, path: str, layers: dict[str, nn.Module]) -> set[str]:
+    names = matching(pattern, layers)
+    if not names:
+        raise PatternError(path, _no_match(pattern, layers))
+    return names
 
 
 def channel_dim(module: nn.Module, x: Tensor) -> int:

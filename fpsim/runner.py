@@ -4,6 +4,7 @@ runs/<name>/<UTC time>-<config hash>/
     config.yaml      the resolved configuration        env.json      versions, machine, threads, commit
     metrics.jsonl    one line a step and an epoch       steps.csv, epochs.csv   the same as tables
     ledger.jsonl     what sampled steps stored and moved, tensor by tensor
+    weights.jsonl    what every renewal of the weights' masks did
     gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.txt          what happened                      checkpoints/step-N/
     results.json     what `fpsim report` reads
@@ -59,7 +60,8 @@ from fpsim.training import (
 RESULTS_VERSION = 1
 CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
 METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE = "metrics.jsonl", "ledger.jsonl", "gradients.jsonl"
-LINES = (METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE)  # files to which a run adds line by line
+WEIGHTS_FILE = "weights.jsonl"
+LINES = (METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE, WEIGHTS_FILE)  # files to which a run adds line by line
 SAMPLES_FILE = "gradients.safetensors"
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
@@ -158,12 +160,18 @@ class _Session:
         self.started = time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.epoch_loss, self.epoch_correct = 0.0, 0
-        self.ledger_rows, self.gradient_rows = 0, 0
+        self.ledger_rows, self.gradient_rows, self.weight_rows = 0, 0, 0
 
     def _emulate(self) -> Emulator:
         spec = self.config.emulation or Emulation(ledger=Ledger())
         try:
-            return emulate(self.model, spec, seed=self.config.seed, optimizer=self.optimizer)
+            return emulate(
+                self.model,
+                spec,
+                seed=self.config.seed,
+                optimizer=self.optimizer,
+                steps_per_epoch=self.steps_per_epoch,
+            )
         except PatternError as error:
             raise self.config.problem(f"emulation.{error.path}", str(error)) from error
 
@@ -182,6 +190,10 @@ class _Session:
         self.append(LEDGER_FILE, ledger.to_data(self.ledger_rows))
         self.append(GRADIENTS_FILE, distributions.rows[self.gradient_rows :])
         self.ledger_rows, self.gradient_rows = len(ledger.records), len(distributions.rows)
+        weight_pruning = self.emulator.weight_pruning
+        if weight_pruning is not None:
+            self.append(WEIGHTS_FILE, weight_pruning.rows[self.weight_rows :])
+            self.weight_rows = len(weight_pruning.rows)
         state = {
             "seconds": self.seconds,
             "history": self.history,
@@ -190,7 +202,7 @@ class _Session:
             "bytes": {name: (self.folder / name).stat().st_size for name in LINES},
             "emulator": self.emulator.state_dict(),
         }
-        checkpoint.save(folder, self.step, self.model, self.optimizer, state)
+        checkpoint.save(folder, self.step, self.model, self.optimizer, state, self.emulator.tensors())
 
     def save_samples(self) -> None:
         """Write the samples of the latest recorded step, if there are any since the run was begun or resumed."""
@@ -206,11 +218,11 @@ class _Session:
             for name in LINES:
                 (self.folder / name).write_bytes(b"")
             return
-        state = checkpoint.load(saved[-1], self.model, self.optimizer)
+        state, tensors = checkpoint.load(saved[-1], self.model, self.optimizer)
         try:
             self.step, self.seconds_before, self.history = state["step"], state["seconds"], state["history"]
             self.epoch_loss, self.epoch_correct = state["epoch_loss"], state["epoch_correct"]
-            self.emulator.load_state_dict(state["emulator"])
+            self.emulator.load_state_dict(state["emulator"], tensors)
             for name in LINES:
                 if name not in state["bytes"]:  # a run of an earlier fpsim
                     (self.folder / name).write_bytes(b"")
@@ -220,6 +232,9 @@ class _Session:
             records = rows_of(self.folder / LEDGER_FILE)
             self.emulator.ledger.records[:] = accel.Ledger.from_data(records).records
             self.emulator.distributions.rows[:] = rows_of(self.folder / GRADIENTS_FILE)
+            if self.emulator.weight_pruning is not None:
+                self.emulator.weight_pruning.rows[:] = rows_of(self.folder / WEIGHTS_FILE)
+                self.weight_rows = len(self.emulator.weight_pruning.rows)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
         self.ledger_rows, self.gradient_rows = len(records), len(self.emulator.distributions.rows)
@@ -300,7 +315,7 @@ def _train_steps(session: _Session, log: logging.Logger, stopped: list[str]) -> 
 def _train_step(session: _Session) -> dict[str, Any]:
     """One step: its row for the metrics. Raises NonFiniteError before the weights are updated."""
     config, model, emulator, step = session.config, session.model, session.emulator, session.step
-    training, batch = config.training, config.training.batch_size
+    training, batch, parts = config.training, config.training.batch_size, config.training.micro_batches
     epoch, position = divmod(step, session.steps_per_epoch)
     if position == 0:
         emulator.next_epoch()
@@ -314,22 +329,24 @@ def _train_step(session: _Session) -> dict[str, Any]:
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
     session.optimizer.zero_grad()
-    random_state = torch.get_rng_state()
-    try:
-        logits = model(inputs)
-        loss = cross_entropy(logits, labels)
-        loss_value = float(loss.detach())
-        if not math.isfinite(loss_value):
-            raise NonFiniteError("loss", "(last)", step)
-    except NonFiniteError as error:
-        emulator.restart_step()
-        layer = first_non_finite_layer(model, inputs, random_state)
-        raise error if layer is None else NonFiniteError("output", layer, step) from None
-    loss.backward()
+    loss_value, correct = 0.0, 0
+    for some, some_labels in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
+        random_state = torch.get_rng_state()
+        try:
+            logits = model(some)
+            loss = cross_entropy(logits, some_labels) / parts
+            if not math.isfinite(float(loss.detach())):
+                raise NonFiniteError("loss", "(last)", step)
+        except NonFiniteError as error:
+            emulator.restart_step()
+            layer = first_non_finite_layer(model, some, random_state)
+            raise error if layer is None else NonFiniteError("output", layer, step) from None
+        loss.backward()
+        loss_value += float(loss.detach())
+        correct += count_correct(logits, some_labels)
     check_gradients(model, step)
     session.optimizer.step()
     emulator.step()
-    correct = count_correct(logits, labels)
     session.epoch_loss += loss_value
     session.epoch_correct += correct
     session.step += 1
@@ -341,6 +358,7 @@ def _train_step(session: _Session) -> dict[str, Any]:
         "loss": loss_value,
         "accuracy_percent": 100 * correct / labels.numel(),
         "gradient_sparsity": emulator.gradient_sparsity,
+        "weight_sparsity": weight_pruning.sparsity if (weight_pruning := emulator.weight_pruning) else None,
     }
     session.progress.step(row)
     return row
@@ -362,6 +380,7 @@ def _end_epoch(session: _Session, row: dict[str, Any]) -> dict[str, Any]:
         "test_loss": test_loss,
         "test_accuracy_percent": test_accuracy,
         "gradient_sparsity": row["gradient_sparsity"],
+        "weight_sparsity": row["weight_sparsity"],
     }
     session.history.append(end)
     return {"kind": "epoch", **end}
@@ -388,6 +407,7 @@ def _results(session: _Session) -> dict[str, Any]:
         "history": session.history,
         "gradients": session.emulator.statistics,
         "gradient_formats": session.emulator.gradient_formats,
+        "weight_pruning": weight_pruning.summary if (weight_pruning := session.emulator.weight_pruning) else None,
         "ledger": session.emulator.ledger.summary(),
         "environment": environment(),
     }

@@ -103,7 +103,8 @@ def load_format(text: str) -> accel.Format | accel.BlockFormat:
 def parse_emulation(mapping: Mapping[str, Any]) -> Emulation:
     """The `emulation` section alone, of plain data (`accelerator` included). Raises ConfigError."""
     rest = {"data": {"name": "synthetic"}, "model": {"name": "mlp"}}
-    training = {"epochs": 1, "batch_size": 1, "optimizer": {"name": "sgd", "learning_rate": 1.0}}
+    sgd = {"name": "sgd", "learning_rate": 1.0}
+    training = {"epochs": 1, "batch_size": 4, "micro_batches": 4, "optimizer": sgd}  # parts enough for any snr
     emulation = parse_config({**rest, "training": training, "emulation": mapping}).emulation
     if emulation is None:
         raise ConfigError([Problem("emulation", "must be a mapping (got null)")])
@@ -434,7 +435,8 @@ def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyP
     is_union = False
     for part in location:
         if is_union:
-            models = [model for model in models if part in (model.__name__, model.model_fields["name"].default)]
+            names = [(model.__name__, getattr(model.model_fields.get("name"), "default", None)) for model in models]
+            models = [model for model, tags in zip(models, names, strict=True) if part in tags]
             is_union = False
             continue
         path = (*path, part)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -296,12 +296,21 @@ class Training(Section):
     """Passes over the training data."""
     batch_size: PositiveInt
     """Samples per step."""
+    micro_batches: PositiveInt = 1
+    """Equal parts of a batch that run one after another; their gradients add up."""
     optimizer: Sgd | Adam = Field(discriminator="name")
     """The optimizer."""
     schedule: ConstantSchedule | CosineSchedule | StepSchedule = Field(ConstantSchedule(), discriminator="name")
     """The learning rate over time."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state of a run is saved."""
+
+    @model_validator(mode="after")
+    def _micro_batches_are_equal(self) -> Training:
+        if self.batch_size % self.micro_batches:
+            message = f"must divide the batch size of {self.batch_size} (got {self.micro_batches})"
+            raise _error_at("micro_batches", message)
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends_before_training(self) -> Training:
@@ -675,6 +684,122 @@ class SavedActivations(Section):
         return self
 
 
+class FalsePruneRate(Section):
+    """A threshold by what it means for noise."""
+
+    false_prune_rate: float = Field(gt=0, lt=1)
+    """Share of the weights without any signal whose snr is at most the threshold."""
+
+
+def _threshold_kind(value: Any) -> str | None:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "number"
+    return "FalsePruneRate" if isinstance(value, dict | FalsePruneRate) else None
+
+
+class _WeightPruning(Section):
+    exclude: list[LayerPattern] = []
+    """Layers whose weights stay dense, by the patterns of emulation.include."""
+    scope: Literal["global", "layer"] = "global"
+    """Whether weights compete with those of all layers, or of their own."""
+
+
+class _ByMagnitude(_WeightPruning):
+    sparsity: Fraction
+    """Share of zeros at the end."""
+
+
+class DensePruning(Section):
+    name: Literal["dense"] = "dense"
+    """No weight is pruned."""
+
+
+class SnrPruning(_WeightPruning):
+    name: Literal["snr"] = "snr"
+    """Weights go whose gradient is noise and whose magnitude is small; they can return, and their number is free."""
+    estimator: Literal["microbatch", "per_sample", "ema"] = "microbatch"
+    """Where the variance of a gradient comes from: the micro-batches of a step (training.micro_batches), its samples
+    (exact; not for models with batch normalisation), or the steps before."""
+    average: Literal["moments", "ratio"] = "moments"
+    """Over steps, of the squared gradient and of its variance apart, or of their ratio as the source has it."""
+    beta: Fraction = 0.9
+    """What an average keeps of itself in a step."""
+    threshold: Annotated[
+        Annotated[float, Field(gt=0), Tag("number")] | Annotated[FalsePruneRate, Tag("FalsePruneRate")],
+        Discriminator(_threshold_kind, "threshold", "must be a number or {false_prune_rate: RATE}"),
+    ] = 1.0
+    """The snr up to which a gradient counts as noise, or the share of pure noise that it takes for such."""
+    agreement: Literal["both", "either"] = "both"
+    """Whether a weight goes where snr and magnitude both say so, or where one does."""
+    burn_in: Refresh = "epoch"
+    """Steps, or epoch, before weights are pruned for the first time."""
+    interval: Refresh | None = None
+    """Steps, or epoch, between renewals of the masks; null: as burn_in."""
+    returns: ClassVar[bool] = True
+
+    @property
+    def rule(self) -> Literal["moments", "ratio", "ema"]:
+        """How gradients are averaged."""
+        return "ema" if self.estimator == "ema" else self.average
+
+    @model_validator(mode="after")
+    def _keys_fit_the_estimator(self) -> SnrPruning:
+        if self.estimator == "ema" and self.average != "moments":
+            raise _error_at("average", f"is for microbatch and per_sample (got {self.average!r} with ema)")
+        if self.estimator == "ema" and self.beta == 0:
+            raise _error_at("beta", "must be above 0 for ema, which needs the steps before (got 0)")
+        return self
+
+
+class DpfPruning(_ByMagnitude):
+    name: Literal["dpf"] = "dpf"
+    """The smallest weights go, more and more of them; pruned ones keep learning and can return (Lin et al. 2020)."""
+    ramp_epochs: float = Field(gt=0)
+    """Epochs until the sparsity is reached; the masks stay from then on."""
+    interval: PositiveInt = 16
+    """Steps between renewals of the masks."""
+    returns: ClassVar[bool] = True
+
+    @property
+    def epochs_of_ramp(self) -> tuple[float, float]:
+        """Where the sparsity begins to grow, and where it is reached."""
+        return 0.0, self.ramp_epochs
+
+
+class GmpPruning(_ByMagnitude):
+    name: Literal["gmp"] = "gmp"
+    """The smallest weights go, more and more of them, for good (Zhu & Gupta 2017)."""
+    begin_epochs: float = Field(0.0, ge=0)
+    """Epochs before the first go."""
+    ramp_epochs: float = Field(gt=0)
+    """Epochs from then until the sparsity is reached."""
+    interval: PositiveInt = 100
+    """Steps between renewals of the masks."""
+    returns: ClassVar[bool] = False
+
+    @property
+    def epochs_of_ramp(self) -> tuple[float, float]:
+        """Where the sparsity begins to grow, and where it is reached."""
+        return self.begin_epochs, self.begin_epochs + self.ramp_epochs
+
+
+class MagnitudePruning(_ByMagnitude):
+    name: Literal["magnitude"] = "magnitude"
+    """The smallest weights go at once, for good; the others train on."""
+    at_epochs: float = Field(ge=0)
+    """Epochs before that."""
+    interval: ClassVar[int] = 1
+    returns: ClassVar[bool] = False
+
+    @property
+    def epochs_of_ramp(self) -> tuple[float, float]:
+        """Where the sparsity begins to grow, and where it is reached."""
+        return self.at_epochs, self.at_epochs
+
+
+WeightPruning = DensePruning | SnrPruning | DpfPruning | GmpPruning | MagnitudePruning
+
+
 class Ledger(Section):
     """How often storage and traffic are counted."""
 
@@ -698,6 +823,8 @@ class Emulation(Section):
     """Neural gradients (of the loss by a layer's output); null for float32."""
     overrides: list[Override] = []
     """Exceptions for some layers; later entries win."""
+    weight_pruning: WeightPruning | None = Field(default=None, discriminator="name")
+    """Weights that are zero, in every matrix layer (include and exclude do not limit it); null: none."""
     saved_activations: SavedActivations | None = None
     """Packs the activations that autograd saves for backward; null: they stay float32 tensors."""
     ledger: Ledger = Ledger()
@@ -737,6 +864,17 @@ class Config(Section):
     """The emulated hardware; null for plain float32."""
 
     _source: Source = PrivateAttr(default_factory=Source)
+
+    @model_validator(mode="after")
+    def _a_step_has_the_parts_that_snr_needs(self) -> Config:
+        spec = None if self.emulation is None else self.emulation.weight_pruning
+        if isinstance(spec, SnrPruning) and spec.estimator != "ema":
+            key = "micro_batches" if spec.estimator == "microbatch" else "batch_size"
+            least, parts = (4 if spec.average == "ratio" else 2), getattr(self.training, key)
+            if parts < least:
+                message = f"must be {least} or more for snr by {spec.estimator} with average {spec.average}"
+                raise _error_at(f"training.{key}", f"{message} (got {parts})")
+        return self
 
     @field_validator("version", mode="before")
     @classmethod

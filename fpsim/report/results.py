@@ -88,6 +88,7 @@ class EpochRecord(TypedDict):
     test_loss: float | None
     test_accuracy_percent: float | None
     gradient_sparsity: float | None
+    weight_sparsity: NotRequired[float | None]
 
 
 class PrunedGradient(TypedDict):
@@ -123,6 +124,30 @@ class GradientFormat(TypedDict):
     changes: int
 
 
+class PrunedWeight(TypedDict):
+    """One layer's weight under the mask that a run ends with."""
+
+    layer: str
+    numel: int
+    zeros: int
+
+
+class PrunedWeights(TypedDict):
+    """What weight pruning did. returned: weights that a renewal of the masks took back, over all renewals.
+
+    threshold, parts, false_prune_rate: for snr, from the first renewal on; parts is None for ema.
+    """
+
+    name: str
+    sparsity: float
+    renewals: int
+    returned: int
+    layers: list[PrunedWeight]
+    threshold: NotRequired[float]
+    parts: NotRequired[int | None]
+    false_prune_rate: NotRequired[float]
+
+
 @with_config({"strict": True})
 class Results(TypedDict):
     """The whole of results.json, schema version 1; a run that did not complete may lack its accuracy."""
@@ -145,6 +170,7 @@ class Results(TypedDict):
     history: list[EpochRecord]
     gradients: list[PrunedGradient]
     gradient_formats: NotRequired[list[GradientFormat]]
+    weight_pruning: NotRequired[PrunedWeights | None]
     ledger: LedgerSummary
     environment: dict[str, Any]
 

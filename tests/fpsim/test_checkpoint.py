@@ -40,11 +40,11 @@ def saved(folder: Path, step: int = 3, **state: Any) -> Path:
     model = network()
     optimizer = OPTIMIZERS["adam"](model)
     train(model, optimizer, 2)
-    return checkpoint.save(folder, step, model, optimizer, state)
+    return checkpoint.save(folder, step, model, optimizer, state, {"mask.0": torch.tensor([True, False])})
 
 
 def sums(path: Path) -> str:
-    names = ("model.safetensors", "optimizer.safetensors", "state.json")
+    names = ("model.safetensors", "optimizer.safetensors", "emulator.safetensors", "state.json")
     return "".join(f"{hashlib.sha256((path / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
 
 
@@ -55,7 +55,7 @@ def sign(path: Path) -> None:
 
 def loaded(path: Path) -> dict[str, Any]:
     model = network()
-    return checkpoint.load(path, model, OPTIMIZERS["adam"](model))
+    return checkpoint.load(path, model, OPTIMIZERS["adam"](model))[0]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -65,23 +65,41 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, name: str, steps_before: i
     model = network()
     optimizer = OPTIMIZERS[name](model)
     train(model, optimizer, steps_before)
-    path = checkpoint.save(tmp_path, steps_before, model, optimizer, {"history": [{"loss": 0.1}], "seconds": 1.5})
+    path = checkpoint.save(tmp_path, steps_before, model, optimizer, {"history": [{"loss": 0.1}], "seconds": 1.5}, {})
     train(model, optimizer, 5)
 
     other = network(seed=1)
     other_optimizer = OPTIMIZERS[name](other)
     train(other, other_optimizer, 2)
-    state = checkpoint.load(path, other, other_optimizer)
+    state, tensors = checkpoint.load(path, other, other_optimizer)
+    assert tensors == {}
     train(other, other_optimizer, 5)
     assert (state["step"], state["history"], state["seconds"]) == (steps_before, [{"loss": 0.1}], 1.5)
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
 
 
-def test_a_checkpoint_is_three_files_and_their_digests(tmp_path: Path) -> None:
+def test_tensors_come_back(tmp_path: Path) -> None:
+    model = network()
+    _, tensors = checkpoint.load(saved(tmp_path), model, OPTIMIZERS["adam"](model))
+    assert list(tensors) == ["mask.0"]
+    assert torch.equal(tensors["mask.0"], torch.tensor([True, False]))
+
+
+def test_a_checkpoint_of_an_earlier_fpsim_has_no_tensors(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "emulator.safetensors").unlink()
+    with pytest.raises(RunError, match=r"emulator\.safetensors"):
+        loaded(path)
+    lines = (path / SUMS_FILE).read_text().splitlines(keepends=True)
+    (path / SUMS_FILE).write_text("".join(line for line in lines if "emulator" not in line))
+    assert loaded(path)["step"] == 3
+
+
+def test_a_checkpoint_is_four_files_and_their_digests(tmp_path: Path) -> None:
     path = saved(tmp_path / "made" / "too", step=12)
     assert path == tmp_path / "made" / "too" / "step-12"
-    names = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+    names = ["SHA256SUMS", "emulator.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert sorted(file.name for file in path.iterdir()) == names
     assert [file.name for file in path.parent.iterdir()] == ["step-12"]
     state = json.loads((path / "state.json").read_text())
@@ -102,7 +120,7 @@ def test_tied_weights_are_saved(tmp_path: Path) -> None:
     second.weight = first.weight
     model = nn.Sequential(first, second)
     optimizer = OPTIMIZERS["momentum"](model)
-    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {}, {})
     expected = first.weight.detach().clone()
     with torch.no_grad():
         first.weight.zero_()

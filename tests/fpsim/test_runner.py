@@ -41,8 +41,9 @@ FILES = [
     "metrics.jsonl",
     "results.json",
     "steps.csv",
+    "weights.jsonl",
 ]
-LINES = ("metrics.jsonl", "ledger.jsonl", "gradients.jsonl")
+LINES = ("metrics.jsonl", "ledger.jsonl", "gradients.jsonl", "weights.jsonl")
 VARYING = ("env.json", "log.txt", "results.json")  # times, and the machine
 STEPS, STEPS_PER_EPOCH = 10, 5
 DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
@@ -95,7 +96,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {
         "results": results,
         "state": state,
-        **{name: (newest / name).read_bytes() for name in (checkpoint.MODEL_FILE, checkpoint.OPTIMIZER_FILE)},
+        **{name: (newest / name).read_bytes() for name in checkpoint.FILES[:3]},
         **{name: (folder / name).read_bytes() for name in FILES if name not in ("checkpoints", *VARYING)},
         "files": sorted(path.name for path in folder.iterdir()),
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
@@ -144,6 +145,9 @@ def noisy_mlp(image_shape: tuple[int, int, int], classes: int, hidden: list[int]
     )
 
 
+plain_mlp = models.MODELS["mlp"]
+
+
 @pytest.fixture(autouse=True)
 def _noisy_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, "mlp", noisy_mlp)
@@ -188,7 +192,9 @@ def test_metrics_and_tables_agree(tmp_path: Path) -> None:
         with (folder / name).open(newline="") as file:
             table = list(csv.DictReader(file))
         chosen = [
-            {key: str(value) for key, value in row.items() if key != "kind"} for row in rows if row["kind"] == kind
+            {key: "" if value is None else str(value) for key, value in row.items() if key != "kind"}
+            for row in rows
+            if row["kind"] == kind
         ]
         assert table == chosen
     steps = [row for row in rows if row["kind"] == "step"]
@@ -357,6 +363,30 @@ CASES: dict[str, dict[str, Any]] = {
             "ledger": {"every_steps": 4},
         }
     ),
+    "weights pruned by snr, in steps, and rounded": settings(
+        training={"micro_batches": 2},
+        emulation={
+            "weights": {"format": "e4m3fn", "scale": "amax", "codec": "bitmask"},
+            "gradients": {"format": "e5m2", "scale": "amax", "pruning": {"sparsity": 0.5}, "codec": "alpha"},
+            "weight_pruning": {"name": "snr", "burn_in": 2, "interval": 2},
+        },
+    ),
+    "weights pruned by changes, at a rate of noise": settings(
+        emulation={
+            "weight_pruning": {
+                "name": "snr",
+                "estimator": "ema",
+                "burn_in": 2,
+                "interval": 3,
+                "threshold": {"false_prune_rate": 0.9},
+            }
+        }
+    ),
+    "gmp": settings(
+        emulation={
+            "weight_pruning": {"name": "gmp", "sparsity": 0.8, "begin_epochs": 0.3, "ramp_epochs": 1, "interval": 2}
+        }
+    ),
     "float32, sgd without momentum": settings(
         training={"optimizer": {**SGD, "momentum": 0.0}}, emulation=None, data=DATA
     ),
@@ -374,6 +404,20 @@ def test_killed_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytest
             with (folder / name).open("a") as lines:
                 lines.write('{"kind": "step", "step": 99}\n{"kind": "st')
         torch.rand(3)
+        resume(folder, quiet=True)
+        assert_same(folder, expected)
+
+
+def test_killed_while_samples_prune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.MODELS, "mlp", plain_mlp)
+    pruning = {"name": "snr", "estimator": "per_sample", "scope": "layer", "exclude": ["last"]}
+    case = settings(emulation={"weight_pruning": pruning})
+    expected = outcome(run(case, tmp_path / "whole", quiet=True).run_dir)
+    assert 0 < expected["results"]["weight_pruning"]["sparsity"] < 1
+    for steps in (4, 6, 9):
+        folder = tmp_path / f"killed-{steps}"
+        with killed_after(monkeypatch, steps):
+            run(case, folder, quiet=True)
         resume(folder, quiet=True)
         assert_same(folder, expected)
 
@@ -530,8 +574,9 @@ def test_resume_with_a_damaged_environment(
 def test_resume_with_damaged_metrics_or_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
 ) -> None:
+    case = CASES["weights pruned by snr, in steps, and rounded"] if name == "weights.jsonl" else settings()
     with killed_after(monkeypatch, 4):
-        run(settings(), tmp_path / "run", quiet=True)
+        run(case, tmp_path / "run", quiet=True)
     file = tmp_path / "run" / name
     if damage == "missing":
         file.unlink()
@@ -555,7 +600,7 @@ def test_resume_with_a_checkpoint_that_holds_another_state(tmp_path: Path, monke
     with killed_after(monkeypatch, 4):
         run(settings(), tmp_path / "run", quiet=True)
     session = runner._Session(parse_config(settings()), tmp_path / "unused", quiet=True)
-    checkpoint.save(tmp_path / "run" / "checkpoints", 4, session.model, session.optimizer, {})
+    checkpoint.save(tmp_path / "run" / "checkpoints", 4, session.model, session.optimizer, {}, {})
     with pytest.raises(RunError, match="step-4: does not fit this run"):
         resume(tmp_path / "run", quiet=True)
 
@@ -685,7 +730,7 @@ def test_weights_that_overflow_in_the_last_step_are_no_result(tmp_path: Path, em
     assert not (tmp_path / "run" / "results.json").exists()
     parsed = parse_config(settings(training=training, emulation=emulation))
     session = runner._Session(parsed, tmp_path / "unused", quiet=True)
-    assert checkpoint.load(failed, session.model, session.optimizer)["step"] == 1
+    assert checkpoint.load(failed, session.model, session.optimizer)[0]["step"] == 1
     assert max(float(p.detach().abs().max()) for p in session.model.parameters()) > 1e20  # the update is in it
 
 
