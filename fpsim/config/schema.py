@@ -145,7 +145,26 @@ class Text(Section):
     """Use only the first N test samples; null for all."""
 
 
-Data = Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic | Text
+class _Table(Section):
+    train_limit: PositiveInt | None = None
+    """Use only the first N training samples; null for all."""
+    test_limit: PositiveInt | None = None
+    """Use only the first N test samples; null for all."""
+
+
+class Wine(_Table):
+    name: Literal["wine"] = "wine"
+    """178 wines of scikit-learn, 13 numbers each, by cultivar; for model mlp."""
+
+
+class BreastCancer(_Table):
+    name: Literal["breast_cancer"] = "breast_cancer"
+    """569 tumours of scikit-learn, 30 numbers each, benign or malignant; for model mlp."""
+
+
+Data = (
+    Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic | Text | Wine | BreastCancer
+)
 
 
 # --- model --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fpsim.data import builtin, cifar, idx, imagefolder, text
+from fpsim.data import builtin, cifar, idx, imagefolder, table, text
 from fpsim.data.dataset import Dataset, TensorSplit, channel_statistics, limited
 from fpsim.data.errors import DataError
 from fpsim.data.source import IntegerArray, LabelledImages, Source
@@ -31,7 +31,7 @@ NEVER_FLIPPED = ("mnist5k", "digits", "mnist")  # a mirrored digit is another si
 
 def names() -> list[str]:
     """The data sets that `load` knows."""
-    return [*READERS, "imagefolder", "text"]
+    return [*READERS, *table.TABLES, "imagefolder", "text"]
 
 
 def load(spec: Any, seed: int) -> Dataset:
@@ -41,7 +41,8 @@ def load(spec: Any, seed: int) -> Dataset:
     most that many samples of a fixed shuffle (None: all); spec.augment augments train batches; spec.path and
     spec.context are those of `text.read`. `seed` only draws the synthetic set: which samples any other set holds, and
     their order, never depends on it.
-    Images in memory are normalised with the train split's own mean and standard deviation, imagefolder with ImageNet's.
+    Images in memory and tables are normalised with the train split's own mean and standard deviation, imagefolder with
+    ImageNet's.
     Raises DataError for an unknown name and for files that are missing, unreadable or damaged.
     """
     if spec.name not in names():
@@ -51,6 +52,8 @@ def load(spec: Any, seed: int) -> Dataset:
     try:
         if spec.name == "imagefolder":
             return imagefolder.read(_root(spec), spec.image_size, spec.train_limit, spec.test_limit, spec.augment)
+        if spec.name in table.TABLES:
+            return table.read(spec.name, spec.train_limit, spec.test_limit)
         if spec.name == "text":
             path = None if spec.path is None else _absolute(spec.path)
             return text.read(path, spec.context, spec.train_limit, spec.test_limit)

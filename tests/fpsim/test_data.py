@@ -610,3 +610,33 @@ def test_text_that_cannot_be_used(tmp_path: Path) -> None:
         load(text_spec(tmp_path / "verse.txt"), seed=0)
     (tmp_path / "verse.txt").write_text("a" * 60)
     assert len(load(text_spec(tmp_path / "verse.txt"), seed=0).test) == 1
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "rows", "columns", "classes"), [("wine", 178, 13, 3), ("breast_cancer", 569, 30, 2)])
+def test_a_table_is_normalised_by_its_train_rows(name: str, rows: int, columns: int, classes: int) -> None:
+    from sklearn import datasets
+
+    table = load(spec(name), seed=0)
+    assert (table.input_shape, table.classes, len(table.test)) == ((columns, 1, 1), classes, rows // 5)
+    (train, train_labels), (test, test_labels) = (
+        part.batch(torch.arange(len(part))) for part in (table.train, table.test)
+    )
+    torch.testing.assert_close(train.double().mean(0), torch.zeros(columns, 1, 1).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(train.double().std(0, correction=0), torch.ones(columns, 1, 1).double())
+    values, labels = getattr(datasets, f"load_{name}")(return_X_y=True)
+    found = torch.cat([train, test]).flatten(1).numpy()
+    order = np.lexsort((found[:, 1], found[:, 0]))
+    expected = np.lexsort((values[:, 1], values[:, 0]))
+    np.testing.assert_array_equal(torch.cat([train_labels, test_labels]).numpy()[order], labels[expected])
+    share = torch.bincount(test_labels) / len(table.test) - torch.bincount(train_labels) / len(table.train)
+    assert float(share.abs().max()) < 0.02
+
+
+def test_limits_of_a_table_normalise_what_is_kept() -> None:
+    table = load(spec("wine", train_limit=50, test_limit=10), seed=3)
+    assert (len(table.train), len(table.test)) == (50, 10)
+    assert "50 train / 10 test rows of 13 columns" in table.description
+    assert float(table.train.batch(torch.arange(50))[0].mean(0).abs().max()) < 1e-6
