@@ -24,7 +24,8 @@ def comparison(results: Sequence[Results]) -> dict[str, Any]:
 
     `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
     measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
-    in percent (weighted by elements), `gradient_bits` and `gradients` (one entry per layer), `tensors`, `history`.
+    in percent (weighted by elements), `weight_pruning` (as in results.json), `gradient_bits` and `gradients` (one entry
+    per layer), `tensors`, `history`.
     What a run does not have is None.
     """
     labels = _labels(results)
@@ -50,6 +51,7 @@ def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs
             "by_pass": _table_of_sizes(traffic["by_pass"], PASSES),
         },
         "sparsity": {key: _mean(pruned, key) for key in SPARSITIES},
+        "weight_pruning": result.get("weight_pruning"),
         "gradient_bits": _mean(gradients, "bits_per_element"),
         "pruned_gradient_bits": _mean(pruned, "bits_per_element"),
         "pruned_tag_entropy": _mean(pruned, "tag_entropy"),

@@ -34,11 +34,16 @@ def render_html(comparison: dict[str, Any]) -> str:
 
 def _section(run: dict[str, Any], prefix: str) -> dict[str, Any]:
     pruned = any(row["asked_percent"] is not None for row in run["gradients"])
+    weights = run["weight_pruning"]
     return {
         "run": run,
         "sizes": [tables.footprint_table(run), *tables.traffic_tables(run)],
         "gradients": tables.gradients_table(run),
         "miss_note": tables.miss_note(run),
+        "weights": tables.weights_table(run),
+        "weights_note": tables.weights_note(run),
+        "weight_sparsity": Markup(plots.weights_svg(run, prefix)) if weights and weights["history"] else None,
+        "snr": Markup(plots.snr_svg(run, prefix)) if weights and "log2_snr" in weights else None,
         "bits": Markup(plots.bits_svg(run, prefix)) if run["tensors"] else None,
         "sparsity": Markup(plots.sparsity_svg(run, prefix)) if pruned else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from io import StringIO
@@ -108,6 +109,34 @@ def sparsity_svg(run: dict[str, Any], prefix: str) -> str:
         _name_rows(axes, [row["layer"] for row in rows])
 
     return _svg(f"{prefix}-sparsity", draw, height_inches=1.4 + 0.27 * len(rows))
+
+
+def weights_svg(run: dict[str, Any], prefix: str) -> str:
+    """Share of zero weights after every renewal of the masks."""
+    history = run["weight_pruning"]["history"]
+
+    def draw(axes: Axes) -> None:
+        steps, shares = [row["step"] for row in history], [100 * row["sparsity"] for row in history]
+        axes.step(
+            [0, *steps, run["steps"]], [0, *shares, shares[-1]], where="post", color=COLORS[0], label="zero weights"
+        )
+        axes.set(xlabel="step", ylabel="zero weights (%)", ylim=(0, 100))
+
+    return _svg(f"{prefix}-weights", draw, height_inches=3.2)
+
+
+def snr_svg(run: dict[str, Any], prefix: str) -> str:
+    """How the signal-to-noise ratios of the weights' gradients were distributed at the latest renewal of the masks."""
+    pruning = run["weight_pruning"]
+    histogram = pruning["log2_snr"]
+
+    def draw(axes: Axes) -> None:
+        edges = [histogram["lowest"] + i for i in range(len(histogram["counts"]))]
+        axes.bar(edges, histogram["counts"], width=1.0, align="edge", color="#7fb3d5", label="weights")
+        axes.axvline(math.log2(pruning["threshold"]), color="black", linewidth=1.4, label="threshold")
+        axes.set(xlabel="log2 of the signal-to-noise ratio", ylabel="weights")
+
+    return _svg(f"{prefix}-snr", draw, height_inches=3.2)
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:

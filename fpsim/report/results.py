@@ -132,10 +132,27 @@ class PrunedWeight(TypedDict):
     zeros: int
 
 
+class Renewal(TypedDict):
+    """One renewal of the masks: how many weights it pruned, and took back."""
+
+    step: int
+    sparsity: float
+    pruned: int
+    returned: int
+
+
+class SnrHistogram(TypedDict):
+    """How many weights have floor(log2 snr) = lowest, lowest + 1, ...; those beyond are in the first and the last."""
+
+    lowest: int
+    counts: list[int]
+
+
 class PrunedWeights(TypedDict):
     """What weight pruning did. returned: weights that a renewal of the masks took back, over all renewals.
 
-    threshold, parts, false_prune_rate: for snr, from the first renewal on; parts is None for ema.
+    threshold, parts, false_prune_rate, log2_snr (of the latest renewal): for snr, from the first renewal on; parts is
+    None for ema.
     """
 
     name: str
@@ -143,9 +160,11 @@ class PrunedWeights(TypedDict):
     renewals: int
     returned: int
     layers: list[PrunedWeight]
+    history: list[Renewal]
     threshold: NotRequired[float]
     parts: NotRequired[int | None]
     false_prune_rate: NotRequired[float]
+    log2_snr: NotRequired[SnrHistogram]
 
 
 @with_config({"strict": True})

@@ -52,6 +52,7 @@ def runs_table(comparison: dict[str, Any]) -> Table:
         *_size_rows("traffic per step", "traffic"),
         ("gradient sparsity asked (%)", lambda run: number(run["sparsity"]["asked_percent"], 1)),
         ("gradient sparsity achieved (%)", lambda run: number(run["sparsity"]["achieved_percent"], 1)),
+        ("weight sparsity (%)", _weight_sparsity),
         ("bits per gradient element", lambda run: number(run["gradient_bits"])),
         ("wall time (s)", lambda run: number(run["wall_seconds"], 1)),
     ]
@@ -131,6 +132,31 @@ def gradients_table(run: dict[str, Any]) -> Table:
     )
 
 
+def weights_table(run: dict[str, Any]) -> Table:
+    """One row per layer whose weights are pruned, and all of them; no rows where none is."""
+    pruning = run["weight_pruning"] or {"layers": []}
+    layers = pruning["layers"]
+    rows = [_weights_row(layer["layer"], layer["numel"], layer["zeros"]) for layer in layers]
+    if rows:
+        rows.append(_weights_row("all", *(sum(layer[key] for layer in layers) for key in ("numel", "zeros"))))
+    header = ("layer", "weights", "zeros", "sparsity (%)")
+    return Table("Pruned weights by layer", header, tuple(rows), has_total=bool(rows))
+
+
+def weights_note(run: dict[str, Any]) -> str | None:
+    """What the renewals of the masks did, and what an snr threshold means."""
+    pruning = run["weight_pruning"]
+    if pruning is None:
+        return None
+    renewals, returned = pruning["renewals"], pruning["returned"]
+    note = f"Weights pruned by {pruning['name']}: {renewals} renewals of the masks; {returned:,} weights returned."
+    if "threshold" not in pruning:
+        return note
+    parts = "whole gradients" if pruning["parts"] is None else f"{pruning['parts']} parts a step"
+    rate = f"{100 * pruning['false_prune_rate']:.1f} %"
+    return f"{note} The threshold {pruning['threshold']:.3g} ({parts}) takes {rate} of pure noise for noise."
+
+
 def cards(run: dict[str, Any]) -> tuple[Card, ...]:
     """The headline of one run."""
     baseline = run["baseline"]
@@ -191,6 +217,14 @@ def _size_rows(title: str, part: str) -> tuple[RunRow, ...]:
         (f"{title}, fp32 / encoded", lambda run: number(run[part]["total"]["fp32_ratio"])),
         (f"{title}, bf16 / encoded", lambda run: number(run[part]["total"]["bf16_ratio"])),
     )
+
+
+def _weight_sparsity(run: dict[str, Any]) -> str:
+    return number(100 * run["weight_pruning"]["sparsity"], 1) if run["weight_pruning"] else ABSENT
+
+
+def _weights_row(name: str, numel: int, zeros: int) -> tuple[str, ...]:
+    return name, f"{numel:,}", f"{zeros:,}", number(100 * zeros / numel, 1)
 
 
 def _accuracy_difference(run: dict[str, Any]) -> str:

@@ -31,8 +31,11 @@ def render_text(comparison: dict[str, Any], width: int, color: bool) -> str:
         for table in (tables.footprint_table(run), *tables.traffic_tables(run), tables.gradients_table(run)):
             if table.rows:
                 _print(console, table, width)
-        note = tables.miss_note(run)
-        if note:
+        if note := tables.miss_note(run):
+            console.print(note)
+        if (table := tables.weights_table(run)).rows:
+            _print(console, table, width)
+        if note := tables.weights_note(run):
             console.print(note)
     console.print()
     console.print(tables.ledger_note(comparison))

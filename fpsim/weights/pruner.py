@@ -189,10 +189,21 @@ class WeightPruner:
             "renewals": len(self.rows),
             "returned": sum(layer["returned"] for row in self.rows for layer in row["layers"]),
             "layers": [{key: layer[key] for key in ("layer", "numel", "zeros")} for layer in latest],
+            "history": [
+                {"step": row["step"], "sparsity": row["sparsity"]}
+                | {key: sum(layer[key] for layer in row["layers"]) for key in ("pruned", "returned")}
+                for row in self.rows
+            ],
         }
         if isinstance(self.spec, SnrPruning) and self._renewed_at is not None:
             rate = false_prune_rate(self.threshold, self.spec.rule, self.spec.beta, self._part_count)
-            found |= {"threshold": self.threshold, "parts": self._part_count, "false_prune_rate": rate}
+            classes = [layer["log2_snr"] for layer in latest]
+            found |= {
+                "threshold": self.threshold,
+                "parts": self._part_count,
+                "false_prune_rate": rate,
+                "log2_snr": {"lowest": HISTOGRAM[0], "counts": [sum(counts) for counts in zip(*classes, strict=True)]},
+            }
         return found
 
     def detach(self) -> None:

@@ -309,6 +309,30 @@ def test_html_is_self_contained_and_has_three_plots(write: Callable[..., Path]) 
         ElementTree.fromstring(svg)
 
 
+def pruned_run() -> Any:
+    """emulated_run with two layers whose weights snr has pruned twice."""
+    run = emulated_run()
+    run["weight_pruning"] = {
+        "name": "snr", "sparsity": 0.6, "renewals": 2, "returned": 1234, "threshold": 1.0, "parts": 4,
+        "false_prune_rate": 0.5057, "log2_snr": {"lowest": -1, "counts": [700, 200, 100]},
+        "layers": [{"layer": "first", "numel": 3000, "zeros": 2100}, {"layer": "second", "numel": 1000, "zeros": 300}],
+        "history": [{"step": 62, "sparsity": 0.5, "pruned": 2000, "returned": 0},
+                    {"step": 124, "sparsity": 0.6, "pruned": 1634, "returned": 1234}],
+    }  # fmt: skip
+    return run
+
+
+def test_pruned_weights_are_told_and_drawn(write: Callable[..., Path]) -> None:
+    run_dir = write(pruned_run())
+    text = " ".join(report([run_dir]).split())
+    assert "weight sparsity (%) 60.0" in text
+    for row in ("first 3,000 2,100 70.0", "second 1,000 300 30.0", "all 4,000 2,400 60.0"):
+        assert row in text
+    assert "Weights pruned by snr: 2 renewals of the masks; 1,234 weights returned." in text
+    assert "The threshold 1 (4 parts a step) takes 50.6 % of pure noise for noise." in text
+    assert Page((run_dir / "report.html").read_text(encoding="utf-8")).tags.count("svg") == 5
+
+
 def test_html_is_the_same_every_time(write: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = write(emulated_run())
     for directory in ("once", "twice"):

@@ -275,6 +275,10 @@ def test_rows_count_what_changed_and_the_classes_of_snr() -> None:
     assert summary is not None
     assert summary["returned"] == sum(layer["returned"] for row in rows for layer in row["layers"]) > 0
     assert 0.4 < summary["false_prune_rate"] < 0.7
+    assert [entry["step"] for entry in summary["history"]] == [row["step"] for row in rows]
+    assert sum(entry["pruned"] for entry in summary["history"]) > summary["returned"]
+    classes = [layer["log2_snr"] for layer in rows[-1]["layers"]]
+    assert summary["log2_snr"]["counts"] == [sum(counts) for counts in zip(*classes, strict=True)]
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
