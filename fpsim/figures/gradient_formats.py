@@ -86,7 +86,7 @@ def draw_formats(canvas: Canvas, measured: Measured) -> None:
         names.append(one["method"])
     axes.set_xticks(range(len(names)), names, rotation=30)
     axes.set_ylabel("test accuracy at the end, %")
-    axes.legend(title="diamonds: chosen by each layer, once an epoch", ncols=len(FIXED), loc="lower left")
+    canvas.legend(title="diamonds: chosen by each layer, once an epoch", ncols=len(FIXED), loc="outside lower left")
 
 
 FIGURES = (
