@@ -53,7 +53,7 @@ def laplace(sample: ArrayLike, sparsity: float) -> float:
     sparsity of 0 and a sample of zeros.
     """
     scale = float(magnitudes(sample).mean())
-    required_sparsity(sparsity, 0.0)
+    _check(sparsity)
     if sparsity == 0 or scale == 0:
         return 0.0
     low, high = 0.0, 1 / (1 - sparsity)  # of alpha / b: S >= 1 - b / alpha
@@ -69,16 +69,21 @@ def atp(sample: ArrayLike, sparsity: float) -> float:
     sigma = sqrt(pi / 2) mean|x|, alpha = Phi^-1((1 + sparsity) / 2) sigma (Ye et al., "Accelerating CNN training by
     pruning activation gradients", 2019).
     """
-    required_sparsity(sparsity, 0.0)
+    _check(sparsity)
     return float(ndtri((1 + sparsity) / 2) * np.sqrt(np.pi / 2) * magnitudes(sample).mean())
 
 
 def quantile(sample: ArrayLike, sparsity: float) -> float:
     """The magnitude that the share `sparsity` of the sample precedes: what top-k keeps begins there."""
     values = magnitudes(sample)
-    required_sparsity(sparsity, 0.0)
+    _check(sparsity)
     rank = int(sparsity * values.size)
     return float(np.partition(values, rank)[rank])
+
+
+def _check(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        required_sparsity(sparsity, 0.0)  # raises
 
 
 def expected_sparsity(sample: ArrayLike, alpha: float) -> float:

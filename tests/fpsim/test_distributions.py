@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fpsim.distributions import FAMILIES, best, compare, critical_value, modes, p_value
+from fpsim.distributions import FAMILIES, Family, best, compare, critical_value, modes, p_value
 
 COUNT = 4096
 
@@ -146,3 +146,9 @@ def test_one_mode_is_not_two() -> None:
 def test_sixty_layers_take_seconds() -> None:
     layers = [draw("lognormal", seed) for seed in range(60)]
     assert [best(compare(layer)).family for layer in layers] == ["lognormal"] * 60
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_distribution_functions_are_scipys(family: Family) -> None:
+    z = np.array([-np.inf, -700, -40, -8, -1.5, -1, -1e-9, 0, 1e-9, 0.25, 0.5, 1, 1.5, 8, 40, 700, np.inf])
+    np.testing.assert_allclose(family.cdf(z), family.standard.cdf(z), rtol=1e-14, atol=1e-16)
