@@ -232,7 +232,7 @@ class WeightPruner:
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()` and `tensors()`. Raises ValueError where these are of another method."""
         if state["name"] != self.spec.name or set(state["steps"]) != set(self._averages):
-            raise ValueError(f"the saved state is of weight pruning by {state['method']} or of other layers")
+            raise ValueError(f"the saved state is of weight pruning by {state['name']} or of other layers")
         self._renewed_at, self._is_final = state["renewed_at"], state["is_final"]
         self.sparsity, self._part_count = state["sparsity"], state["part_count"]
         for name, average in self._averages.items():

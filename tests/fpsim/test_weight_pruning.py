@@ -313,6 +313,12 @@ def test_options_that_do_not_fit_the_model(spec: dict[str, Any], path: str, mess
     assert caught.value.path == path
 
 
+def test_a_state_of_another_method_is_refused() -> None:
+    gmp = emulate(linear(), {"weight_pruning": {"name": "gmp", "sparsity": 0.5, "ramp_epochs": 1}}, steps_per_epoch=1)
+    with pytest.raises(ValueError, match="is of weight pruning by gmp or of other layers"):
+        emulate(linear(), {"weight_pruning": SNR}).load_state_dict(gmp.state_dict(), gmp.tensors())
+
+
 def test_epochs_need_their_length() -> None:
     spec = {"name": "dpf", "sparsity": 0.5, "ramp_epochs": 1}
     with pytest.raises(ValueError, match="dpf counts in epochs: give steps_per_epoch"):
