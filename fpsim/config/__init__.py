@@ -6,6 +6,7 @@ from fpsim.config.load import (
     json_schema,
     load_config,
     load_format,
+    load_section,
     parse_config,
     parse_emulation,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "load_format",
+    "load_section",
     "number_format",
     "parse_config",
     "parse_emulation",

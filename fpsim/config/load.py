@@ -73,11 +73,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: "a.b.c=value", applied in order; a value is YAML, a part of the key may be a list index.
     Raises ConfigError with every problem found.
     """
+    file = _file(path, "experiments")
+    return _validated(_with_bases(read_yaml(file), (), (file.resolve(),)), overrides)
+
+
+def load_section(section: type[AnySection], path: str | Path, kind: Kind, overrides: Sequence[str] = ()) -> AnySection:
+    """A YAML file, or the preset of that kind and name, as a section that builds on no other file. Raises ConfigError
+    with every problem found."""
+    tree = read_yaml(_file(path, kind))
+    for override in overrides:
+        tree = _overridden(tree, override)
+    return _valid(section, tree)
+
+
+def _file(path: str | Path, kind: Kind) -> Path:
     try:
-        file = find_file(str(path), "experiments", Path())
+        return find_file(str(path), kind, Path())
     except ValueError as error:
         raise ConfigError([Problem("", str(error))]) from None
-    return _validated(_with_bases(read_yaml(file), (), (file.resolve(),)), overrides)
 
 
 def parse_config(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:

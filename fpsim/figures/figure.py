@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
+from fpsim.config.schema import Section
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -29,6 +31,7 @@ class Figure:
     datasets: the most image sets it trains on; measure takes a list of them and a seed, or nothing where that is 0.
     train_limit: how many of their training images it uses, None for all.
     experiment: the configuration of the runs that it trains instead; measure takes it and a folder for the runs.
+    plan: or the file in configs/figures that says which runs, and what it is read as; measure takes that and a folder.
     """
 
     name: str
@@ -39,3 +42,10 @@ class Figure:
     datasets: int = 0
     train_limit: int | None = None
     experiment: str | None = None
+    plan: tuple[str, type[Section]] | None = None
+
+
+def data_overrides(text: str) -> list[str]:
+    """What NAME or NAME=FOLDER changes in a configuration."""
+    name, _, root = text.partition("=")
+    return [f"data.name={name}", *([f"data.root={root}"] if root else [])]

@@ -11,7 +11,7 @@ averages are of the moments. `ema` sees whole gradients alone and takes their ch
 
     rule       snr after t steps, A being the average with weights beta^(t - i)
     moments    A(g^2) / A(Sigma)
-    ratio      A(g^2 / Sigma), the source's wording
+    ratio      A(g^2 / Sigma), the source's wording; no step counts more than 1 / eps, which is what float32 tells
     ema        A(g)^2 / (A(g^2) - A(g)^2) * (1 - q) / q      q: the variance of A(g) in units of that of g
 
 The last is the ratio of the averaged gradient, (1 + beta) / (1 - beta) times that of a step when t is large.
@@ -32,6 +32,7 @@ Rule = Literal["moments", "ratio", "ema"]
 
 NULL_SAMPLES = 1 << 16
 NULL_SEED = 20210615
+LARGEST_RATIO = 2.0**23  # Sigma is a difference, known to a rounding error of g^2
 FORGOTTEN = 1e-4  # the weight of what came before the steps that are simulated
 
 
@@ -64,7 +65,7 @@ class Average:
         """A step: (g^2, Sigma) for `moments` and `ratio`, g alone for `ema`."""
         if self.rule == "ratio":
             assert other is not None
-            one, other = ratio(one, other), None
+            one, other = ratio(one, other).clamp_(max=LARGEST_RATIO), None
         elif self.rule == "ema":
             other = one.square()
         if self.first is None:
