@@ -100,6 +100,13 @@ class BlockFormat:
         """The axis, the last where it is open."""
         return -1 if self.axis is None else self.axis
 
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape as its elements are stored: under padding `zeros` with whole blocks along the axis."""
+        if self.padding != "zeros" or not shape:
+            return shape
+        dim = self.dim % len(shape)
+        return (*shape[:dim], -(-shape[dim] // self.block_size) * self.block_size, *shape[dim + 1 :])
+
     def block_count(self, shape: tuple[int, ...]) -> int:
         """How many blocks a tensor of this shape has."""
         length = shape[self.dim] if shape else 1

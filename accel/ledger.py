@@ -13,6 +13,7 @@ producer; a tensor that they keep for backward (the input of a normalisation) co
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +22,7 @@ from typing import Any
 import numpy as np
 
 from accel.block_formats import BlockFormat
-from accel.codecs import CODECS, BlockCounts, Counts, find_codec, footprint, footprint_of_blocks
-from accel.codecs.blocks import Cut
-from accel.codecs.codec import BLOCK
+from accel.codecs import CODECS, BlockCounts, Counts, footprint, footprint_of_blocks
 from accel.formats import Format
 
 ROLES = ("weight", "master", "optimizer_state", "weight_gradient", "activation", "norm_input", "addend", "gradient")
@@ -97,30 +96,18 @@ def stored_encoded(
 def stored_blocks(counts: BlockCounts, codec: str, fmt: BlockFormat, shape: tuple[int, ...]) -> Stored:
     """A tensor in a block format: the elements' codes under a codec of COUNTED, and the blocks' scales as metadata.
 
-    Under padding `zeros` the zeros that fill the last blocks are stored too. The codes' entropy is not counted.
+    counts: of the tensor as it is stored (`BlockFormat.stored_shape`), with the zeros that fill its last blocks. The
+    codes' entropy is not counted.
     """
-    elements = stored_encoded(counts, codec, fmt.element, shape)
-    blocks = fmt.block_count(shape)
-    zeros = blocks * fmt.block_size - counts.numel if fmt.padding == "zeros" else 0
-    bits = dict(elements.bits_by_part)
-    bits["metadata"] += blocks * fmt.scale.bits
-    for part, zero_bits in _bits_of_a_zero(codec, fmt.element).items():
-        bits[part] += zeros * zero_bits
-    others = {
-        name: other + blocks * fmt.scale.bits + zeros * sum(_bits_of_a_zero(name, fmt.element).values())
-        for name, other in elements.other_codecs_bits.items()
-    }
-    entropy = None if elements.tag_entropy_bits is None else elements.tag_entropy_bits + blocks * fmt.scale.bits
-    return replace(elements, format=fmt.name, bits_by_part=bits, tag_entropy_bits=entropy, other_codecs_bits=others)
-
-
-def _bits_of_a_zero(codec: str, fmt: Format) -> dict[str, int]:
-    """What a zero takes in each part of a codec's stream."""
-    found = find_codec(codec)
-    eight = Cut(found, (8,), BLOCK, fmt.bits)
-    nothing = np.zeros(1, np.int64)
-    streams = found.streams(eight.content(nothing, nothing), eight.setting)
-    return {stream.part: stream.bits for stream in streams if stream.length == "fixed" and np.all(stream.fields == 8)}
+    elements = stored_encoded(counts, codec, fmt.element, fmt.stored_shape(shape))
+    scale_bits = fmt.block_count(shape) * fmt.scale.bits
+    bits = {**elements.bits_by_part, "metadata": elements.bits_by_part["metadata"] + scale_bits}
+    others = {name: other + scale_bits for name, other in elements.other_codecs_bits.items()}
+    entropy = None if elements.tag_entropy_bits is None else elements.tag_entropy_bits + scale_bits
+    return replace(
+        elements, format=fmt.name, numel=math.prod(shape), bits_by_part=bits, tag_entropy_bits=entropy,
+        other_codecs_bits=others,
+    )  # fmt: skip
 
 
 def stored_plain(numel: int, nonzeros: int | None = None) -> Stored:

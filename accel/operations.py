@@ -327,9 +327,7 @@ def _encode_blocks(x: torch.Tensor, fmt: BlockFormat, options: Any, scale: objec
     if not fmt.scale.has_nan:
         refuse_nan(x, fmt.scale)
     length = x.shape[fmt.dim] if x.ndim else 1
-    missing = -length % fmt.block_size
-    if fmt.padding == "zeros" and missing and x.ndim:
-        x = pad(x, [0, 0] * (x.ndim - 1 - fmt.dim % x.ndim) + [0, missing])
+    x = with_padding(x, fmt)
     codes = torch.empty(x.shape, dtype=code_dtype(fmt.element), device=x.device)
     shape = list(x.shape) or [1]
     shape[fmt.dim] = -(-shape[fmt.dim] // fmt.block_size)
@@ -338,6 +336,14 @@ def _encode_blocks(x: torch.Tensor, fmt: BlockFormat, options: Any, scale: objec
     method = launch.method_of(fmt.element, *options)
     launch.round_blocks_into("encode", x, codes, scales.view(-1), whole, fmt, method, key)
     return BlockCodes(codes, scales, whole if fmt.tensor_scale else None, length)
+
+
+def with_padding(x: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """x with the zeros that fill its last blocks where these are stored, as BlockFormat.stored_shape says; else x."""
+    if (shape := fmt.stored_shape(tuple(x.shape))) == tuple(x.shape):
+        return x
+    missing = shape[fmt.dim] - x.shape[fmt.dim]
+    return pad(x, [0, 0] * (x.ndim - 1 - fmt.dim % x.ndim) + [0, missing])
 
 
 def _decode_blocks(blocks: BlockCodes, fmt: BlockFormat) -> torch.Tensor:

@@ -11,11 +11,12 @@ from typing import Any
 _HOMES = {
     "emulate": "fpsim.emulation",
     "load_config": "fpsim.config",
+    "load_model": "fpsim.packed_model",
     "resume": "fpsim.runner",
     "run": "fpsim.runner",
 }
 
-__all__ = ["emulate", "load_config", "lognormal", "resume", "run"]
+__all__ = ["emulate", "load_config", "load_model", "lognormal", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

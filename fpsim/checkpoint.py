@@ -70,6 +70,17 @@ def clean(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint without its tensors. Raises RunError for one that is damaged or of a newer version."""
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if state["version"] > VERSION:
+            raise RunError(f"{path}: checkpoint of version {state['version']}; this fpsim reads version {VERSION}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: cannot be read as a checkpoint of this run: {error}") from error
+    return state
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Put the model, the optimizer and torch's random state back as a checkpoint holds them; returns the emulator's
     state and tensors.
@@ -84,9 +95,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
         for line in _sums(path, names).splitlines():
             if line not in written:
                 raise RunError(f"{path / line.split()[1]}: damaged, its SHA-256 is not the one in {SUMS_FILE}")
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if state["version"] > VERSION:
-            raise RunError(f"{path}: checkpoint of version {state['version']}; this fpsim reads version {VERSION}")
+        state = read_state(path)
         model.load_state_dict(load_file(path / MODEL_FILE))
         tensors = load_file(path / OPTIMIZER_FILE)
         torch.set_rng_state(tensors.pop("torch_random_state"))

@@ -277,6 +277,27 @@ def recommend(
 
 
 @app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a folder of runs: the newest.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the files; else RUN/export.")] = None,
+    fmt: Annotated[
+        str | None, typer.Option("--format", help="Of the weights, if not the run's: a name, a file, a description.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="Of the weights, if not the run's, such as bitmask or csr.")] = None,
+    scale: Annotated[str | None, typer.Option(help="Of the weights, if not the run's; amax where it has none.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's pruned and rounded weights: as packed streams, and as a plain state dict."""
+    from fpsim import export as verb
+
+    exported = verb.export(run_dir, output, fmt, codec, scale)
+    if as_json:
+        print(json.dumps(verb.to_data(exported), indent=1))
+        return
+    verb.show(exported)
+
+
+@app.command()
 def reproduce(
     figure: Annotated[
         str,

@@ -16,7 +16,8 @@ import math
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import accel
 from accel.ledger import Ledger, Stored, stored_plain
+from accel.operations import BlockCodes
 from fpsim.config import parse_emulation
 from fpsim.config.schema import Emulation, GradientSpec, Pruning, TensorSpec
 from fpsim.errors import NonFiniteError, RunError
@@ -62,6 +64,19 @@ class Words(TypedDict):
     seed: int
     stream: int
     step: int
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A layer's weight as the hardware holds it. values: what its codes mean, float32. blocks: of a block format, the
+    codes. stored: what the ledger counts for it."""
+
+    values: Tensor
+    spec: TensorSpec
+    fmt: accel.Format | accel.BlockFormat
+    scale: Scale
+    blocks: BlockCodes | None
+    stored: Stored
 
 
 @dataclass(frozen=True)
@@ -256,6 +271,34 @@ class Emulator:
         if self.weight_pruning is not None:
             self.weight_pruning.epoch_is_new = True
 
+    @torch.no_grad()
+    def masked_weight(self, name: str) -> Tensor:
+        """A layer's weight with zeros where it is pruned, float32."""
+        weight = self.layers[name]._parameters["weight"]
+        assert weight is not None
+        return (weight if self.weight_pruning is None else self.weight_pruning.masked(name, weight)).detach()
+
+    @torch.no_grad()
+    def encoded_weights(self) -> dict[str, EncodedWeight]:
+        """The weights of the layers whose weights have a format, by layer: masked and rounded, as the next forward pass
+        uses them (that of evaluation where the model is in that mode, which leaves the state as it is). Raises RunError
+        where a codec cannot hold one."""
+        found = {}
+        for name, layer in self.layers.items():
+            spec, weight = self.specs[name].weights, layer._parameters["weight"]
+            if spec is None:
+                continue
+            assert isinstance(weight, nn.Parameter)
+            values, scale = self._rounded_weight(name, self.specs[name], weight, output_dim(layer), input_dim(layer))
+            fmt, blocks = along(format_of(spec), input_dim(layer)), None
+            if isinstance(fmt, accel.BlockFormat):
+                masked, words = self.masked_weight(name), self._words(f"{name}/weight")
+                blocks = accel.encode(masked, fmt, **_rounding(spec), **words)
+            with _named(f"weight of layer {name!r}"):
+                stored = self._stored(values, spec, scale, input_dim(layer))
+            found[name] = EncodedWeight(values.detach(), spec, fmt, scale, blocks, stored)
+        return found
+
     def detach(self) -> None:
         """Remove every hook. The model's parameters, buffers and modules are what they were without emulation."""
         for handle in self._handles:
@@ -324,8 +367,10 @@ class Emulator:
             rounded_x, x_scale = self._rounded_input(name, spec, x, channel_dim(module, x))
             rounded_weight, w_scale = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
             if self._recording:
-                x_stored = self._stored(rounded_x, spec.activations, x_scale, channel_dim(module, x))
-                w_stored = self._stored(rounded_weight, spec.weights, w_scale, input_dim(module))
+                with _named(f"activations of layer {name!r}"):
+                    x_stored = self._stored(rounded_x, spec.activations, x_scale, channel_dim(module, x))
+                with _named(f"weight of layer {name!r}"):
+                    w_stored = self._stored(rounded_weight, spec.weights, w_scale, input_dim(module))
                 self._recorder.layer(name, x, x_stored, weight, w_stored)
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
@@ -556,7 +601,8 @@ class Emulator:
                 if call.micro_batch is not None:
                     pruning.measure(dy, rounded)
         if call.micro_batch is not None and counts is not None:
-            stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
+            with _named(f"gradient of layer {name!r}"):
+                stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
         return rounded
 
@@ -588,6 +634,15 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0], None
+
+
+@contextmanager
+def _named(tensor: str) -> Iterator[None]:
+    """Raises RunError, with the tensor's name, where its codec cannot hold it."""
+    try:
+        yield
+    except accel.CodecError as error:
+        raise RunError(f"{tensor}: {error}") from error
 
 
 def _rounding(spec: TensorSpec) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import accel
 from accel.ledger import Ledger, Stored, stored_blocks, stored_encoded, stored_plain
+from accel.operations import with_padding
 from fpsim.config.schema import TensorSpec
 
 OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 mantissa bits has
@@ -209,7 +210,9 @@ def stored_tensor(
 ) -> Stored:
     """A tensor rounded into `fmt` (times `scale`), with its +-alpha, in the ledger's terms."""
     if isinstance(fmt, accel.BlockFormat):
-        return stored_blocks(counts, spec.codec, fmt, tuple(x.shape))
+        padded = with_padding(x, fmt)
+        as_stored = counts if padded is x else accel.count_blocks(padded)
+        return stored_blocks(as_stored, spec.codec, fmt, tuple(x.shape))
     scales = scale.numel() if isinstance(scale, Tensor) else 1
     histogram = code_histogram(x, fmt, scale, alpha)
     stream_bits = None if accel.find_codec(spec.codec).is_counted else packed_bits(x, spec.codec, fmt, scale, alpha)

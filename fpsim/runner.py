@@ -200,6 +200,9 @@ class _Session:
             "epoch_loss": self.epoch_loss,
             "epoch_correct": self.epoch_correct,
             "bytes": {name: (self.folder / name).stat().st_size for name in LINES},
+            "input_shape": self.dataset.input_shape,
+            "classes": self.dataset.classes,
+            "steps_per_epoch": self.steps_per_epoch,
             "emulator": self.emulator.state_dict(),
         }
         checkpoint.save(folder, self.step, self.model, self.optimizer, state, self.emulator.tensors())

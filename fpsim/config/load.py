@@ -447,7 +447,7 @@ def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyP
     models = [section]
     is_union = False
     for part in location:
-        if is_union:
+        if is_union and isinstance(part, str):
             names = [(model.__name__, getattr(model.model_fields.get("name"), "default", None)) for model in models]
             models = [model for model, tags in zip(models, names, strict=True) if part in tags]
             is_union = False

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from pydantic import Field, PositiveInt
+from pydantic import Field, model_validator
 
 from fpsim.config import Config, load_config, parse_config
-from fpsim.config.schema import Fraction, Model, Section, SnrPruning
+from fpsim.config.schema import Fraction, Model, PositiveInt, Section, SnrPruning
 from fpsim.figures.figure import Figure, Measured, data_overrides
 from fpsim.figures.runs import folder_of, summaries, train_all
 from fpsim.report.plots import COLORS
@@ -50,6 +50,14 @@ class Plan(Section):
     """How many."""
     seed: int = Field(0, ge=0)
     """The first of them."""
+
+    @model_validator(mode="after")
+    def _names_tell_runs_apart(self) -> Plan:
+        cases = [(text.partition("=")[0], n.name) for case in self.cases for text in case.data for n in case.networks]
+        for names in (cases, [(_label(spec),) for spec in self.snr]):
+            if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+                raise ValueError(f"{' with '.join(twice[0])} is there twice: a run is named by that")
+        return self
 
 
 def measure_snr(plan: Plan, runs: Path) -> Measured:

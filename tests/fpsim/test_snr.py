@@ -148,3 +148,14 @@ def test_no_snr_before_there_is_one(rule: Rule, before: int) -> None:
         average.add(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=f"no snr after {before} steps"):
         average.snr()
+
+
+def test_a_step_without_measured_noise_counts_at_most_what_float32_can_tell() -> None:
+    """The variance is a difference: where rounding leaves 0 of it, a ratio is not taken for infinite for ever."""
+    average = Average("ratio", 0.5)
+    signal = torch.tensor([1.0, 1.0, 0.0])
+    average.add(signal, torch.tensor([0.0, 0.0, 0.0]))
+    average.add(signal, torch.tensor([0.0, 1.0, 1.0]))
+    expected = torch.tensor([2.0**23, (2.0**23 / 2 + 1) / 1.5, 0.0])
+    assert torch.allclose(average.snr(), expected)
+    assert average.snr().isfinite().all()
