@@ -509,6 +509,8 @@ class Emulator:
         """W, masked, as the hardware holds it, and its scale: rounded once a step, however often the layer runs."""
         masked = weight if self.weight_pruning is None else self.weight_pruning.masked(name, weight)
         if spec.weights is None:
+            if self._saved is not None:
+                self._saved.leave(masked)
             return masked, None
         key = f"{self._mode}{name}" if spec.weights.scale == "delayed" else name  # evaluation leaves its history
         known = self._rounded_weights.get(key)

@@ -32,6 +32,7 @@ class WeightPruner:
         self.spec = spec
         self.rows: list[dict[str, Any]] = []
         self.masks: Masks = {}
+        self._masked: dict[str, tuple[int, int, Tensor]] = {}  # theta_hat, and of which weights it is
         self.epoch_is_new = False
         self._layers = dict(layers)
         self._renewed_at: int | None = None
@@ -61,7 +62,11 @@ class WeightPruner:
         mask = self.masks.get(name)
         if mask is None:
             return weight
-        masked: Tensor = _Masked.apply(weight, mask, self._returns)
+        known = self._masked.get(name)
+        if known is None or known[:2] != (weight.data_ptr(), weight._version):
+            zeroed = torch.where(mask, weight.detach(), 0.0)  # mask * weight, without -0
+            known = self._masked[name] = weight.data_ptr(), weight._version, zeroed
+        masked: Tensor = _Masked.apply(weight, known[2], None if self._returns else mask)
         return masked
 
     def wants_samples(self, name: str) -> bool:
@@ -144,6 +149,7 @@ class WeightPruner:
             kept = weights if is_dense else {name: weight * before[name] for name, weight in weights.items()}
             self.masks = keep_share(kept, ramp(step, self._begin, self._end, spec.sparsity), spec.scope)
             self._is_final = step >= self._end
+        self._masked.clear()
         self._renewed_at = step
         zeros = sum(int((~mask).sum()) for mask in self.masks.values())
         self.sparsity = zeros / sum(mask.numel() for mask in self.masks.values())
@@ -238,6 +244,7 @@ class WeightPruner:
         for name, average in self._averages.items():
             average.steps = state["steps"][name]
             average.first, average.second = (tensors.get(f"{key}.{name}") for key in ("first", "second"))
+        self._masked.clear()
         self.masks = {name: tensors[f"mask.{name}"] for name in self._layers if f"mask.{name}" in tensors}
 
     def _weight(self, name: str) -> nn.Parameter:
@@ -254,12 +261,12 @@ def _histogram(snr: Tensor) -> list[int]:
 
 
 class _Masked(torch.autograd.Function):
-    """mask * weight forward; backward the gradient itself, or mask * gradient."""
+    """The masked weight forward; backward the gradient itself, or mask * gradient where there is a mask."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, returns: bool) -> Tensor:
-        ctx.mask = None if returns else mask
-        return torch.where(mask, weight, 0.0)  # mask * weight, without -0
+    def forward(ctx: Any, weight: Tensor, masked: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.mask = mask
+        return masked
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -37,14 +37,14 @@ FORGOTTEN = 1e-4  # the weight of what came before the steps that are simulated
 
 
 def moments_of_parts(total: Tensor, squares: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """(g^2, Sigma) from the sum of the parts, of their squares (elementwise), and their number K >= 2.
+    """(g^2, Sigma) from the sum of the parts, of their squares (elementwise), and their number K >= 2; in place of both.
 
     Sigma = (K sum h^2 - g^2) / (K - 1), unbiased; never negative. Raises ValueError for fewer than two parts.
     """
     if parts < 2:
         raise ValueError(f"the variance of a mean needs two parts or more (got {parts})")
-    mean_square = total.square()
-    return mean_square, ((parts * squares - mean_square) / (parts - 1)).clamp_(min=0)
+    mean_square = total.square_()
+    return mean_square, squares.mul_(parts).sub_(mean_square).div_(parts - 1).clamp_(min=0)
 
 
 @dataclass
