@@ -304,7 +304,7 @@ def reproduce(
         typer.Argument(
             metavar="FIGURE",
             help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, fig5-left, fig5-right, table1; also "
-            "gradient-formats.",
+            "gradient-formats, and snr of the second source.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
@@ -312,9 +312,9 @@ def reproduce(
         list[str] | None,
         typer.Option(
             metavar="NAME[=FOLDER]",
-            help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right, table1 and "
-            "gradient-formats; else mnist5k, which VGG16 cannot take, or what the experiment says. May be repeated for "
-            "table1.",
+            help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right, table1, "
+            "gradient-formats and snr (its images); else mnist5k, which VGG16 cannot take, or what the experiment "
+            "says. May be repeated for table1 and snr.",
         ),
     ] = None,
     seed: Annotated[
@@ -322,7 +322,10 @@ def reproduce(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left."),
+        typer.Option(
+            help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left. snr: another plan "
+            "of configs/figures, such as snr_full; else snr."
+        ),
     ] = None,
 ) -> None:
     """Measure a figure of the source again: FIGURE.json and .csv with its numbers, FIGURE.png and .svg."""

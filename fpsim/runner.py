@@ -338,14 +338,15 @@ def _train_step(session: _Session) -> dict[str, Any]:
         try:
             logits = model(some)
             loss = cross_entropy(logits, some_labels) / parts
-            if not math.isfinite(float(loss.detach())):
+            value = float(loss.detach())
+            if not math.isfinite(value):
                 raise NonFiniteError("loss", "(last)", step)
         except NonFiniteError as error:
             emulator.restart_step()
             layer = first_non_finite_layer(model, some, random_state)
             raise error if layer is None else NonFiniteError("output", layer, step) from None
         loss.backward()
-        loss_value += float(loss.detach())
+        loss_value += value
         correct += count_correct(logits, some_labels)
     check_gradients(model, step)
     session.optimizer.step()

@@ -32,13 +32,13 @@ class WeightPruner:
         self.spec = spec
         self.rows: list[dict[str, Any]] = []
         self.masks: Masks = {}
+        self.sparsity = 0.0  # share of zeros in all masks
         self._masked: dict[str, tuple[int, int, Tensor]] = {}  # theta_hat, and of which weights it is
         self.epoch_is_new = False
         self._layers = dict(layers)
         self._renewed_at: int | None = None
         self._is_final = False
         self._returns = not isinstance(spec, DensePruning) and spec.returns
-        self.sparsity = 0.0  # share of zeros in all masks
         self._part_count: int | None = None  # of the latest step
         self._parts: dict[str, int] = {}
         self._totals: dict[str, Tensor] = {}
@@ -139,37 +139,42 @@ class WeightPruner:
     def _renew(self, step: int) -> None:
         before, spec = self.masks, self.spec
         weights = {name: self._weight(name).detach() for name in self._layers}
-        snr: dict[str, Tensor] = {}
+        measured: dict[str, dict[str, Any]] = {}
         if isinstance(spec, SnrPruning):
-            snr = {name: self._averages[name].snr() for name in self._layers}
-            self.masks = keep_by_snr(snr, weights, self.threshold, spec.scope, spec.agreement)
+            snr, threshold = {name: self._averages[name].snr() for name in self._layers}, self.threshold
+            masks = keep_by_snr(snr, weights, threshold, spec.scope, spec.agreement)
+            measured = {
+                name: {"snr_at_most_threshold": int((ratio <= threshold).sum()), "log2_snr": _histogram(ratio)}
+                for name, ratio in snr.items()
+            }
         else:
             assert not isinstance(spec, DensePruning)
             is_dense = spec.returns or not before
             kept = weights if is_dense else {name: weight * before[name] for name, weight in weights.items()}
-            self.masks = keep_share(kept, ramp(step, self._begin, self._end, spec.sparsity), spec.scope)
+            masks = keep_share(kept, ramp(step, self._begin, self._end, spec.sparsity), spec.scope)
             self._is_final = step >= self._end
-        self._masked.clear()
+        self._take(masks)
         self._renewed_at = step
-        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
-        self.sparsity = zeros / sum(mask.numel() for mask in self.masks.values())
-        self.rows.append(self._row(step, before, snr))
+        self.rows.append(self._row(step, before, measured))
 
-    def _row(self, step: int, before: Masks, snr: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _take(self, masks: Masks) -> None:
+        self.masks = masks
+        self._masked.clear()
+        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        self.sparsity = zeros / max(sum(mask.numel() for mask in masks.values()), 1)
+
+    def _row(self, step: int, before: Masks, measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         layers = []
         for name, mask in self.masks.items():
             old = before.get(name, torch.ones_like(mask))
-            row = {
+            counts = {
                 "layer": name,
                 "numel": mask.numel(),
                 "zeros": int((~mask).sum()),
                 "pruned": int((old & ~mask).sum()),
                 "returned": int((mask & ~old).sum()),
             }
-            if name in snr:
-                row["snr_at_most_threshold"] = int((snr[name] <= self.threshold).sum())
-                row["log2_snr"] = _histogram(snr[name])
-            layers.append(row)
+            layers.append(counts | measured.get(name, {}))
         return {"step": step, "sparsity": self.sparsity, "layers": layers}
 
     @property
@@ -224,7 +229,6 @@ class WeightPruner:
             "name": self.spec.name,
             "renewed_at": self._renewed_at,
             "is_final": self._is_final,
-            "sparsity": self.sparsity,
             "part_count": self._part_count,
             "steps": {name: average.steps for name, average in self._averages.items()},
         }
@@ -240,12 +244,11 @@ class WeightPruner:
         if state["name"] != self.spec.name or set(state["steps"]) != set(self._averages):
             raise ValueError(f"the saved state is of weight pruning by {state['name']} or of other layers")
         self._renewed_at, self._is_final = state["renewed_at"], state["is_final"]
-        self.sparsity, self._part_count = state["sparsity"], state["part_count"]
+        self._part_count = state["part_count"]
         for name, average in self._averages.items():
             average.steps = state["steps"][name]
             average.first, average.second = (tensors.get(f"{key}.{name}") for key in ("first", "second"))
-        self._masked.clear()
-        self.masks = {name: tensors[f"mask.{name}"] for name in self._layers if f"mask.{name}" in tensors}
+        self._take({name: tensors[f"mask.{name}"] for name in self._layers if f"mask.{name}" in tensors})
 
     def _weight(self, name: str) -> nn.Parameter:
         weight = self._layers[name]._parameters["weight"]

@@ -37,9 +37,10 @@ FORGOTTEN = 1e-4  # the weight of what came before the steps that are simulated
 
 
 def moments_of_parts(total: Tensor, squares: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """(g^2, Sigma) from the sum of the parts, of their squares (elementwise), and their number K >= 2; in place of both.
+    """(g^2, Sigma) from the sum of the parts, of their squares (elementwise), and their number K >= 2.
 
-    Sigma = (K sum h^2 - g^2) / (K - 1), unbiased; never negative. Raises ValueError for fewer than two parts.
+    Sigma = (K sum h^2 - g^2) / (K - 1), unbiased; never negative. Both overwrite what they are made of.
+    Raises ValueError for fewer than two parts.
     """
     if parts < 2:
         raise ValueError(f"the variance of a mean needs two parts or more (got {parts})")

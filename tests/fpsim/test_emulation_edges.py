@@ -84,6 +84,16 @@ def test_amax_stays_finite_for_formats_that_end_below_one(dim):
     assert float(scale_of(x, fmt, "amax", largest_magnitude(x, dim), dim)) == 2.0**127
 
 
+@pytest.mark.parametrize(
+    ("role", "tensor"), [("weights", "weight"), ("activations", "activations"), ("gradients", "gradient")]
+)
+def test_a_tensor_that_its_codec_cannot_hold_is_named(role, tensor):
+    model = nn.Sequential(nn.Linear(8, 4))
+    emulate(model, {role: {"format": "e4m3fn", "codec": "nm(1:4)", "scale": "amax"}})
+    with pytest.raises(RunError, match=f"{tensor} of layer '0': the group of 4 elements at element 0 "):
+        model(torch.ones(2, 8, requires_grad=True)).square().sum().backward()
+
+
 def test_autocast_is_refused_where_the_input_is_float32():
     """A single layer, or every layer after a LayerNorm, gets float32 under autocast and multiplies in bfloat16."""
     model = nn.Sequential(nn.Linear(4, 4))

@@ -336,7 +336,14 @@ def test_a_rounded_input_that_the_layer_modifies_is_no_longer_on_its_grid(granul
 # --- what is left as it is ----------------------------------------------------------------------------------------
 
 
-def test_parameters_buffers_inputs_and_rounded_weights_are_left() -> None:
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"weights": {"format": "e4m3fn"}},
+        {"weight_pruning": {"name": "magnitude", "sparsity": 0.5, "at_epochs": 0}},
+    ],
+)
+def test_parameters_buffers_inputs_and_rounded_or_masked_weights_are_left(weights: dict[str, Any]) -> None:
     class Alive(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -348,8 +355,8 @@ def test_parameters_buffers_inputs_and_rounded_weights_are_left() -> None:
             return self.fc(x) * self.table + self.gain * other["y"]
 
     model = Alive()
-    handle = emulate(model, {"weights": {"format": "e4m3fn"}, **EXACT})
-    for _ in range(2):  # the second time the weight is rounded already
+    handle = emulate(model, {**weights, **EXACT}, steps_per_epoch=1)
+    for _ in range(2):  # the second time the weight is there already
         x, y = torch.randn(64, 128, requires_grad=True), torch.randn(64, 128)  # for dX the layer saves its weight
         model(x, {"y": y}).sum().backward()
         assert handle.saved_activations == {}
