@@ -72,11 +72,18 @@ def measure_snr(plan: Plan, runs: Path) -> Measured:
         rows,
         {
             "data": ", ".join(dict.fromkeys(row["data"] for row in rows)),
-            "plan": plan.model_dump(mode="json"),
+            "plan": _without_folders(plan),
             "cases": means,
             "over_time": [_over_time(row, runs) for row in by_snr],
         },
     )
+
+
+def _without_folders(plan: Plan) -> dict[str, Any]:
+    content = plan.model_dump(mode="json")
+    for case in content["cases"]:
+        case["data"] = [text.partition("=")[0] for text in case["data"]]
+    return content
 
 
 def _free(plan: Plan) -> Iterator[tuple[Labels, Config]]:
