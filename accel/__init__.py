@@ -20,6 +20,7 @@ from accel.codecs import (
     unpack,
     unpack_slice,
 )
+from accel.datapath import Mac, mac, macs, matmul
 from accel.formats import Format
 from accel.ledger import Ledger
 from accel.operations import (
@@ -48,6 +49,7 @@ __all__ = [
     "Format",
     "Ledger",
     "Log2Statistics",
+    "Mac",
     "Packed",
     "Point",
     "Recommendation",
@@ -62,6 +64,9 @@ __all__ = [
     "formats",
     "largest_magnitude",
     "log2_statistics",
+    "mac",
+    "macs",
+    "matmul",
     "pack",
     "prune",
     "prune_quantize",

@@ -1,0 +1,217 @@
+"""Matrix products of a datapath on the CPU: loops over tiles of the result, compiled for each kind of step.
+
+An operand is packed into strips: ROWS rows of `a`, COLUMNS columns of `b`, of which a tile of the result is made. Each
+element of the result is summed in the order of K, whatever the tiles and threads. One loop serves several steps:
+`kernel` binds the names REAL, STEP, ROUND and DRAWS.
+"""
+
+# ruff: noqa: F821  the names that `kernel` and `part` bind
+
+from __future__ import annotations
+
+import numpy as np
+
+from accel.datapath.steps import Grid, fused, limited, odd_sum, power_below, to_nearest, to_zero
+from accel.kernels.jit import Kernel, kernel, part, scalar
+from accel.random import philox4x32
+from accel.rounding import Parameters, nearest_value, stochastic_value
+from accel.words import LOW_WORD, WORD_BITS, bits_of
+
+ROWS, COLUMNS = 4, 64
+GRID_FIELDS, VALUE_FIELDS = len(Grid._fields), len(Parameters._fields)
+TWO_GRIDS, TWO_VALUES, THREE_VALUES = 2 * GRID_FIELDS, 2 * VALUE_FIELDS, 3 * VALUE_FIELDS
+OUTER_WORDS = 1 << 62  # numbers of the words of outer accumulators follow this one
+UNDRAWN, NAN = np.uint32(0), np.float32(np.nan)
+MAGNITUDE, FRACTION, HIDDEN, ZERO = np.uint32(0x7FFFFFFF), np.uint32(0x7FFFFF), np.uint32(1 << 23), np.uint32(0)
+FRACTION_BITS = np.uint32(23)
+
+
+# --- an accumulator on a grid ---------------------------------------------------------------------------------------
+
+
+def _step(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    """The accumulator after one more product, of finite operands and with no sum out of range."""
+    return ROUND(fused(a, b, acc), grid)
+
+
+def _limited_step(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    x = fused(a, b, acc)
+    return limited(ROUND(x, grid), x, grid)
+
+
+def _odd_step(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    x = odd_sum(acc, a * b)
+    return limited(ROUND(x, grid), x, grid)
+
+
+def _add(acc, x, grid):  # type: ignore[no-untyped-def]
+    total = odd_sum(acc, x)
+    return limited(ROUND(total, grid), total, grid)
+
+
+def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[no-untyped-def]
+    """Tiles start .. stop of out = a b. a: (strips, K, ROWS); b: (panels, K, COLUMNS); out: whole tiles.
+
+    chunk: beyond K where there is no outer accumulator.
+    """
+    inner, outer = Grid(*fields[:GRID_FIELDS]), Grid(*fields[GRID_FIELDS:TWO_GRIDS])
+    length = a.shape[1]
+    acc_0, acc_1 = np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL)
+    acc_2, acc_3 = np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL)
+    sums = np.empty((ROWS, COLUMNS))
+    for tile in range(start, stop):
+        strip, panel = tile // panels, tile % panels
+        rows, columns = a[strip], b[panel]
+        for r in range(ROWS):
+            for c in range(COLUMNS):
+                sums[r, c] = 0
+        for first in range(0, length, chunk):
+            for c in range(COLUMNS):
+                acc_0[c] = acc_1[c] = acc_2[c] = acc_3[c] = 0
+            for k in range(first, min(first + chunk, length)):
+                a_0, a_1, a_2, a_3 = REAL(rows[k, 0]), REAL(rows[k, 1]), REAL(rows[k, 2]), REAL(rows[k, 3])
+                line = columns[k]
+                for c in range(COLUMNS):
+                    value = REAL(line[c])
+                    acc_0[c] = STEP(acc_0[c], a_0, value, inner)
+                    acc_1[c] = STEP(acc_1[c], a_1, value, inner)
+                    acc_2[c] = STEP(acc_2[c], a_2, value, inner)
+                    acc_3[c] = STEP(acc_3[c], a_3, value, inner)
+            for c in range(COLUMNS):
+                if chunk > length:
+                    sums[0, c], sums[1, c], sums[2, c], sums[3, c] = acc_0[c], acc_1[c], acc_2[c], acc_3[c]
+                else:
+                    sums[0, c] = ADD(sums[0, c], np.float64(acc_0[c]), outer)
+                    sums[1, c] = ADD(sums[1, c], np.float64(acc_1[c]), outer)
+                    sums[2, c] = ADD(sums[2, c], np.float64(acc_2[c]), outer)
+                    sums[3, c] = ADD(sums[3, c], np.float64(acc_3[c]), outer)
+        _store(sums, out, strip * ROWS, panel * COLUMNS)
+
+
+@scalar
+def _store(sums, out, row, column):  # type: ignore[no-untyped-def]
+    for r in range(sums.shape[0]):
+        for c in range(COLUMNS):
+            value = np.float32(sums[r, c])
+            out[row + r, column + c] = value if value == value else NAN
+
+
+# --- any format, any rounding, products that are rounded, fused dot products -----------------------------------------
+
+
+@scalar
+def _word_of(number, seed, stream, step):  # type: ignore[no-untyped-def]
+    """The random word of a number (see accel/random.py)."""
+    counter = np.uint64((number // 64) * 16 + number % 16)
+    k0, k1 = seed & LOW_WORD, seed >> WORD_BITS
+    w0, w1, w2, w3 = philox4x32(counter & LOW_WORD, counter >> WORD_BITS, stream & LOW_WORD, step & LOW_WORD, k0, k1)
+    lane = (number // 16) % 4
+    return np.uint32(w0 if lane == 0 else w1 if lane == 1 else w2 if lane == 2 else w3)
+
+
+@scalar
+def _product(a, b, has_product, product):  # type: ignore[no-untyped-def]
+    x = np.float64(a) * np.float64(b)
+    return nearest_value(x, UNDRAWN, product) if has_product else x
+
+
+@scalar
+def _aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-untyped-def]
+    """acc and the products of two short rows, cut to multiples of `fraction` times the largest power among them."""
+    power = power_below(acc)
+    plain = acc
+    for k in range(a.size):
+        both = power_below(np.float64(a[k])) * power_below(np.float64(b[k]))
+        power = both if both > power else power
+        plain += _product(a[k], b[k], has_product, product)
+    if power == 0 or not power < np.inf:
+        return plain  # zeros alone, or an infinity or a NaN among them
+    quantum = power * fraction
+    inverse = 1.0 / quantum
+    units = np.trunc(acc * inverse)
+    for k in range(a.size):
+        units += np.trunc(_product(a[k], b[k], has_product, product) * inverse)
+    return units * quantum
+
+
+def _by_code(start, stop, a, b, out, chunk, terms, fraction, has_product, numbers, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
+    """Elements start .. stop of out = a b, flat. a: (M, K); b: (N, K), transposed.
+
+    numbers: of the first element of each row. chunk: beyond K where there is no outer accumulator. fraction:
+    2^-fraction_bits of a fused dot product.
+    """
+    inner, outer = Parameters(*fields[:VALUE_FIELDS]), Parameters(*fields[VALUE_FIELDS:TWO_VALUES])
+    product = Parameters(*fields[TWO_VALUES:THREE_VALUES])
+    length, columns = a.shape[1], b.shape[0]
+    draw = UNDRAWN
+    for element in range(start, stop):
+        row, column = element // columns, element % columns
+        left, right = a[row], b[column]
+        first_word = (numbers[row] + column) * length
+        total = 0.0
+        for first in range(0, length, chunk):
+            last = min(first + chunk, length)
+            acc = 0.0
+            for k in range(first, last, terms):
+                if DRAWS:
+                    draw = _word_of(first_word + k, seed, stream, step)
+                if terms == 1:
+                    x = odd_sum(acc, _product(left[k], right[k], has_product, product))
+                else:
+                    group = min(k + terms, last)
+                    x = _aligned_sum(acc, left[k:group], right[k:group], fraction, has_product, product)
+                acc = VALUE(x, draw, inner)
+            if chunk > length:
+                total = acc
+            else:
+                if DRAWS:
+                    draw = _word_of(OUTER_WORDS + first_word + first, seed, stream, step)
+                total = VALUE(odd_sum(total, acc), draw, outer)
+        value = np.float32(total)
+        out[row, column] = value if value == value else NAN
+
+
+# --- what is in an operand ------------------------------------------------------------------------------------------
+
+
+def _extent(start, stop, words, extents):  # type: ignore[no-untyped-def]
+    """Of the float32 with these bit patterns, in row 0: their most significant bits, the largest exponent, minus the
+    smallest exponent of a last bit, and whether one is not finite; zeros and those do not count otherwise."""
+    bits, high, low, is_special = 0, -1000, -1000, 0
+    for i in range(start, stop):
+        magnitude = words[i] & MAGNITUDE
+        field = np.int32(magnitude >> FRACTION_BITS)
+        significand = (magnitude & FRACTION) | (HIDDEN if field > 0 else ZERO)
+        exponent = (field if field > 0 else np.int32(1)) - np.int32(127)
+        last = np.int32(np.int32(significand) & -np.int32(significand))
+        trailing = np.int32(bits_of(np.float32(last)) >> FRACTION_BITS) - np.int32(127)
+        is_number = (magnitude != ZERO) & (field < 255)
+        bits = max(bits, 24 - trailing if is_number else 0)
+        high = max(high, exponent if is_number else -1000)
+        low = max(low, 23 - trailing - exponent if is_number else -1000)
+        is_special = max(is_special, 1 if field == 255 else 0)
+    extents[0], extents[1], extents[2], extents[3] = bits, high, low, is_special
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+_ADDS = {
+    mode: part(_add, f"add_{mode}", ROUND=function) for mode, function in (("nearest", to_nearest), ("zero", to_zero))
+}
+ON_A_GRID: dict[tuple[str, str], Kernel] = {}
+for _mode, _function in (("nearest", to_nearest), ("zero", to_zero)):
+    for _kind, _body, _real in (
+        ("narrow", _step, np.float32),
+        ("narrow_limited", _limited_step, np.float32),
+        ("wide", _step, np.float64),
+        ("wide_limited", _limited_step, np.float64),
+        ("odd", _odd_step, np.float64),
+    ):
+        _name = f"{_kind}_{_mode}"
+        _bound = part(_body, f"{_name}_step", ROUND=_function)
+        ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", STEP=_bound, ADD=_ADDS[_mode], REAL=_real)
+BY_CODE = {
+    "nearest": kernel(_by_code, "matmul_by_code", VALUE=nearest_value, DRAWS=False),
+    "stochastic": kernel(_by_code, "matmul_stochastic", VALUE=stochastic_value, DRAWS=True),
+}
+EXTENT = kernel(_extent)

@@ -1,0 +1,191 @@
+"""`matmul`: a matrix product as a described multiply-accumulate unit computes it."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from accel.arguments import as_tensor, checked_words
+from accel.datapath import cpu as loops
+from accel.datapath.steps import Grid
+from accel.datapath.units import AnyMac, Mac, mac
+from accel.formats import Format
+from accel.kernels import cpu
+from accel.kernels.arguments import Fields
+from accel.operations import AnyArray, quantize
+from accel.rounding import parameters
+
+LARGEST_INT32 = (1 << 31) - 1
+FLOAT32_BITS, FLOAT64_BITS = 24, 53
+SHORT_32, SHORT_64 = 11, 25  # significant bits p with 2 p + 2 <= 24 and 53
+MULTIPLY_ADDS_OF_AN_ELEMENT = 16  # in elements of an elementwise operation, for the choice of threads
+
+
+class Extent(NamedTuple):
+    """What is in an operand: the most significant bits of a number, the exponent of the largest, that of the smallest
+    last bit, and whether an infinity or a NaN is there. All but the last None for zeros alone."""
+
+    bits: int
+    high: int
+    low: int
+    is_special: bool
+
+
+def matmul(
+    a: AnyArray, b: AnyArray, unit: AnyMac, *, seed: int = 0, stream: int = 0, step: int = 0, offset: int = 0
+) -> Any:
+    """a b as the unit computes it: (..., M, K) times (..., K, N), leading dimensions broadcast.
+
+    a, b: float32 tensors or arrays on the CPU, in any strides. unit: a Mac, its name, or a mapping (see `mac`).
+    Returns float32, values of the (outer) accumulator's format, NaN canonical; int32 for an accumulator "int32".
+    seed, stream, step, offset: of the random words of stochastic sums, which depend on the element of the result
+    (row-major number, plus offset) and on its place in K.
+    Raises ValueError for operands of other shapes, dtypes or devices, and where an int32 could overflow.
+    """
+    checked_words(seed, stream, step, offset)
+    described = mac(unit)
+    left, right = _operand(a, "a"), _operand(b, "b")
+    if left.shape[-1] != right.shape[-2]:
+        raise ValueError(f"a has {left.shape[-1]} columns, b has {right.shape[-2]} rows: K must be the same")
+    try:
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    except RuntimeError:
+        message = f"leading dimensions do not broadcast (got {tuple(left.shape)} and {tuple(right.shape)})"
+        raise ValueError(message) from None
+    if described.a is not None:
+        left = quantize(left, described.a)
+    if described.b is not None:
+        right = quantize(right, described.b)
+    words = np.uint64(seed), np.uint64(stream), np.uint64(step)
+    if described.is_integer:
+        result = _integer_product(left, right, described)
+    else:
+        result = torch.zeros(*batch, left.shape[-2], right.shape[-1])
+        size = result.shape[-2] * result.shape[-1]
+        for number in range(math.prod(batch) if size and left.shape[-1] else 0):
+            place = np.unravel_index(number, batch) if batch else ()
+            pair = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
+            _product(*pair, described, result[place], offset + number * size, words)
+    return result.numpy() if isinstance(a, np.ndarray) else result
+
+
+def _operand(x: AnyArray, name: str) -> torch.Tensor:
+    tensor = as_tensor(x, name).detach()
+    if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be a float32 tensor of two or more dimensions on the CPU (got {tensor.dtype}, "
+            f"{tensor.ndim} dimensions, {tensor.device})"
+        )
+    return tensor
+
+
+def _integer_product(a: torch.Tensor, b: torch.Tensor, unit: Mac) -> torch.Tensor:
+    """Exact sums of exact products, formed in floats that hold them."""
+    assert unit.a is not None
+    assert unit.b is not None
+    largest = a.shape[-1] * 2 ** (unit.a.mantissa_bits + unit.b.mantissa_bits)
+    if largest > LARGEST_INT32:
+        raise ValueError(f"mac {unit.name!r}: a sum of {a.shape[-1]} products could overflow an int32")
+    if largest <= 1 << FLOAT32_BITS:
+        return torch.matmul(a, b).to(torch.int32)
+    return torch.matmul(a.double(), b.double()).to(torch.int32)
+
+
+def _product(
+    a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, words: tuple[Any, Any, Any]
+) -> None:
+    """One matrix product into `out`, whose first element has the number `first`."""
+    length = a.shape[1]
+    chunk = length + 1 if unit.chunk is None else min(unit.chunk, length)
+    accumulator = unit.accumulator
+    assert isinstance(accumulator, Format)
+    outer = unit.outer or accumulator
+    if (
+        unit.rounding == "stochastic"
+        or unit.product
+        or unit.terms > 1
+        or not (_has_grid(accumulator) and _has_grid(outer))
+    ):
+        _by_code(a, b, unit, out, first, words, chunk)
+        return
+    kind = _kind(accumulator, unit.rounding, length, extent(a), extent(b))
+    mode = "nearest" if unit.rounding == "nearest_even" else "zero"
+    real: Any = np.float32 if kind.startswith("narrow") else np.float64
+    fields = (
+        *grid_of(accumulator, unit.rounding, unit.overflow, real),
+        *grid_of(outer, unit.rounding, unit.overflow, np.float64),
+    )
+    strips, panels = -(-a.shape[0] // loops.ROWS), -(-b.shape[1] // loops.COLUMNS)
+    rows = pad(a, [0, 0, 0, strips * loops.ROWS - a.shape[0]]).view(strips, loops.ROWS, length)
+    columns = pad(b, [0, panels * loops.COLUMNS - b.shape[1]]).view(length, panels, loops.COLUMNS)
+    packed = rows.transpose(1, 2).contiguous(), columns.transpose(0, 1).contiguous()
+    whole = torch.empty(strips * loops.ROWS, panels * loops.COLUMNS)
+    tile = loops.ROWS * loops.COLUMNS * length // MULTIPLY_ADDS_OF_AN_ELEMENT
+    arguments = (*(x.numpy() for x in (*packed, whole)), panels, chunk, *fields)
+    loop = loops.ON_A_GRID[kind, mode]
+    cpu.run(loop, strips * panels, *arguments, threads=torch.get_num_threads(), align=1, elements=tile)
+    out.copy_(whole[: a.shape[0], : b.shape[1]])
+
+
+def _by_code(
+    a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, words: tuple[Any, Any, Any], chunk: int
+) -> None:
+    accumulator, length = unit.accumulator, a.shape[1]
+    assert isinstance(accumulator, Format)
+    sums = [_values(fmt, unit.rounding, unit) for fmt in (accumulator, unit.outer or accumulator)]
+    product = _values(unit.product or accumulator, "nearest_even", unit)
+    numbers = np.arange(a.shape[0]) * b.shape[1] + first
+    fraction = 2.0 ** -(unit.fraction_bits or 0)
+    rows, columns = a.contiguous().numpy(), b.t().contiguous().numpy()
+    options = (chunk, unit.terms, fraction, unit.product is not None, numbers, *words)
+    loop = loops.BY_CODE["stochastic" if unit.rounding == "stochastic" else "nearest"]
+    arguments = (rows, columns, out.numpy(), *options, *sums[0], *sums[1], *product)
+    cpu.run(loop, out.numel(), *arguments, threads=torch.get_num_threads(), align=1, elements=length)
+
+
+def _values(fmt: Format, rounding: str, unit: Mac) -> Fields:
+    return parameters(fmt, rounding, unit.overflow, unit.random_bits, False, True)
+
+
+def _has_grid(fmt: Format) -> bool:
+    return fmt.subnormals and fmt.mantissa_bits > 0 and fmt.policy != "p3109"
+
+
+def extent(x: torch.Tensor) -> Extent:
+    """What is in a float32 matrix; for zeros alone no bits, between exponents that make every sum exact."""
+    words = x.contiguous().view(-1).numpy().view(np.uint32)
+    found = np.zeros(4, np.int64)
+    loops.EXTENT.serial(0, words.size, words, found)
+    bits, high, low, is_special = found.tolist()
+    return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, False)
+
+
+def _kind(fmt: Format, rounding: str, length: int, a: Extent, b: Extent) -> str:
+    """The cheapest step that rounds once (see accel/datapath/steps.py)."""
+    bits, low = a.bits + b.bits, a.low + b.low
+    products = a.high + b.high + 2  # every product is below 2^products
+    sums = products + math.ceil(math.log2(length)) + 1  # rounded sums stay below 2^sums
+    p, is_special = fmt.mantissa_bits + 1, a.is_special or b.is_special
+    is_short = rounding == "nearest_even" and bits <= p
+    is_bounded = not is_special and sums <= fmt.max_exponent
+    top = max(products, min(sums, fmt.max_exponent) if not is_special else fmt.max_exponent) + 1
+    if is_short and p <= SHORT_32 and low >= -149 and top + FLOAT32_BITS + 1 - fmt.mantissa_bits <= 127:
+        return "narrow" if is_bounded else "narrow_limited"
+    if (is_short and p <= SHORT_64) or sums - low <= FLOAT64_BITS:
+        return "wide" if is_bounded else "wide_limited"
+    return "odd"
+
+
+@cache
+def grid_of(fmt: Format, rounding: str, overflow: str, real: Any) -> Grid:
+    """The numbers of a format with a grid (see `Grid`), in the carrier's type."""
+    beyond = torch.tensor([2.0**1000, math.inf], dtype=torch.float64)
+    finite, infinite = quantize(beyond, fmt, rounding=rounding, overflow=overflow).tolist()
+    fraction = 23 if real is np.float32 else 52
+    numbers = 2.0**fmt.min_exponent, 1.5 * 2.0 ** (fraction - fmt.mantissa_bits), 2.0**-fmt.mantissa_bits
+    return Grid(*(real(number) for number in (*numbers, fmt.max, finite, infinite)))
