@@ -2,16 +2,27 @@
 
 An operand is packed into strips: ROWS rows of `a`, COLUMNS columns of `b`, of which a tile of the result is made. Each
 element of the result is summed in the order of K, whatever the tiles and threads. One loop serves several steps:
-`kernel` binds the names REAL, STEP, ROUND and DRAWS.
+`kernel` and `part` bind the names in capitals.
 """
 
-# ruff: noqa: F821  the names that `kernel` and `part` bind
+# ruff: noqa: F821  names that are bound
 
 from __future__ import annotations
 
 import numpy as np
 
-from accel.datapath.steps import Grid, fused, limited, odd_sum, power_below, to_nearest, to_zero
+from accel.datapath.steps import (
+    Grid,
+    fused,
+    limited,
+    odd_sum,
+    power_below,
+    to_infinity,
+    to_largest,
+    to_nearest,
+    to_nearest_or_beyond,
+    to_zero,
+)
 from accel.kernels.jit import Kernel, kernel, part, scalar
 from accel.random import philox4x32
 from accel.rounding import Parameters, nearest_value, stochastic_value
@@ -34,6 +45,14 @@ def _step(acc, a, b, grid):  # type: ignore[no-untyped-def]
     return ROUND(fused(a, b, acc), grid)
 
 
+def _infinite_step(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    return to_infinity(to_nearest_or_beyond(fused(a, b, acc), grid), grid)
+
+
+def _saturated_step(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    return to_largest(to_nearest_or_beyond(fused(a, b, acc), grid), grid)
+
+
 def _limited_step(acc, a, b, grid):  # type: ignore[no-untyped-def]
     x = fused(a, b, acc)
     return limited(ROUND(x, grid), x, grid)
@@ -49,6 +68,21 @@ def _add(acc, x, grid):  # type: ignore[no-untyped-def]
     return limited(ROUND(total, grid), total, grid)
 
 
+def _accumulate(acc, a, b, grid):  # type: ignore[no-untyped-def]
+    """acc = a b of a strip and a panel, from 0: (K, ROWS) and (K, COLUMNS) make ROWS * COLUMNS, flat."""
+    for i in range(ROWS * COLUMNS):
+        acc[i] = 0
+    for k in range(b.shape[0]):
+        line = b[k]
+        a_0, a_1, a_2, a_3 = REAL(a[k, 0]), REAL(a[k, 1]), REAL(a[k, 2]), REAL(a[k, 3])
+        for c in range(COLUMNS):
+            value = REAL(line[c])
+            acc[c] = STEP(acc[c], a_0, value, grid)
+            acc[c + COLUMNS] = STEP(acc[c + COLUMNS], a_1, value, grid)
+            acc[c + 2 * COLUMNS] = STEP(acc[c + 2 * COLUMNS], a_2, value, grid)
+            acc[c + 3 * COLUMNS] = STEP(acc[c + 3 * COLUMNS], a_3, value, grid)
+
+
 def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[no-untyped-def]
     """Tiles start .. stop of out = a b. a: (strips, K, ROWS); b: (panels, K, COLUMNS); out: whole tiles.
 
@@ -56,44 +90,19 @@ def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[
     """
     inner, outer = Grid(*fields[:GRID_FIELDS]), Grid(*fields[GRID_FIELDS:TWO_GRIDS])
     length = a.shape[1]
-    acc_0, acc_1 = np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL)
-    acc_2, acc_3 = np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL)
-    sums = np.empty((ROWS, COLUMNS))
+    acc, sums = np.empty(ROWS * COLUMNS, REAL), np.empty(ROWS * COLUMNS)
     for tile in range(start, stop):
         strip, panel = tile // panels, tile % panels
-        rows, columns = a[strip], b[panel]
+        for i in range(ROWS * COLUMNS):
+            sums[i] = 0
+        for first in range(0, length, chunk):
+            ACCUMULATE(acc, a[strip, first : first + chunk], b[panel, first : first + chunk], inner)
+            for i in range(ROWS * COLUMNS):
+                sums[i] = acc[i] if chunk > length else ADD(sums[i], np.float64(acc[i]), outer)
         for r in range(ROWS):
             for c in range(COLUMNS):
-                sums[r, c] = 0
-        for first in range(0, length, chunk):
-            for c in range(COLUMNS):
-                acc_0[c] = acc_1[c] = acc_2[c] = acc_3[c] = 0
-            for k in range(first, min(first + chunk, length)):
-                a_0, a_1, a_2, a_3 = REAL(rows[k, 0]), REAL(rows[k, 1]), REAL(rows[k, 2]), REAL(rows[k, 3])
-                line = columns[k]
-                for c in range(COLUMNS):
-                    value = REAL(line[c])
-                    acc_0[c] = STEP(acc_0[c], a_0, value, inner)
-                    acc_1[c] = STEP(acc_1[c], a_1, value, inner)
-                    acc_2[c] = STEP(acc_2[c], a_2, value, inner)
-                    acc_3[c] = STEP(acc_3[c], a_3, value, inner)
-            for c in range(COLUMNS):
-                if chunk > length:
-                    sums[0, c], sums[1, c], sums[2, c], sums[3, c] = acc_0[c], acc_1[c], acc_2[c], acc_3[c]
-                else:
-                    sums[0, c] = ADD(sums[0, c], np.float64(acc_0[c]), outer)
-                    sums[1, c] = ADD(sums[1, c], np.float64(acc_1[c]), outer)
-                    sums[2, c] = ADD(sums[2, c], np.float64(acc_2[c]), outer)
-                    sums[3, c] = ADD(sums[3, c], np.float64(acc_3[c]), outer)
-        _store(sums, out, strip * ROWS, panel * COLUMNS)
-
-
-@scalar
-def _store(sums, out, row, column):  # type: ignore[no-untyped-def]
-    for r in range(sums.shape[0]):
-        for c in range(COLUMNS):
-            value = np.float32(sums[r, c])
-            out[row + r, column + c] = value if value == value else NAN
+                value = np.float32(sums[r * COLUMNS + c])
+                out[strip * ROWS + r, panel * COLUMNS + c] = value if value == value else NAN
 
 
 # --- any format, any rounding, products that are rounded, fused dot products -----------------------------------------
@@ -195,21 +204,25 @@ def _extent(start, stop, words, extents):  # type: ignore[no-untyped-def]
 
 # --- kernels --------------------------------------------------------------------------------------------------------
 
-_ADDS = {
-    mode: part(_add, f"add_{mode}", ROUND=function) for mode, function in (("nearest", to_nearest), ("zero", to_zero))
+MODES = {"nearest": to_nearest, "zero": to_zero}
+STEPS = {  # kind: (step, carrier, modes)
+    "narrow": (_step, np.float32, ("nearest",)),
+    "narrow_infinite": (_infinite_step, np.float32, ("nearest",)),
+    "narrow_saturated": (_saturated_step, np.float32, ("nearest",)),
+    "wide": (_step, np.float64, ("nearest", "zero")),
+    "wide_infinite": (_infinite_step, np.float64, ("nearest",)),
+    "wide_saturated": (_saturated_step, np.float64, ("nearest",)),
+    "wide_limited": (_limited_step, np.float64, ("nearest", "zero")),
+    "odd": (_odd_step, np.float64, ("nearest", "zero")),
 }
+_ADDS = {mode: part(_add, f"add_{mode}", ROUND=function) for mode, function in MODES.items()}
 ON_A_GRID: dict[tuple[str, str], Kernel] = {}
-for _mode, _function in (("nearest", to_nearest), ("zero", to_zero)):
-    for _kind, _body, _real in (
-        ("narrow", _step, np.float32),
-        ("narrow_limited", _limited_step, np.float32),
-        ("wide", _step, np.float64),
-        ("wide_limited", _limited_step, np.float64),
-        ("odd", _odd_step, np.float64),
-    ):
+for _kind, (_body, _real, _modes) in STEPS.items():
+    for _mode in _modes:
         _name = f"{_kind}_{_mode}"
-        _bound = part(_body, f"{_name}_step", ROUND=_function)
-        ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", STEP=_bound, ADD=_ADDS[_mode], REAL=_real)
+        _bound = part(_body, f"{_name}_step", ROUND=MODES[_mode])
+        _sums = part(_accumulate, f"{_name}_accumulate", STEP=_bound, REAL=_real)
+        ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", ACCUMULATE=_sums, ADD=_ADDS[_mode], REAL=_real)
 BY_CODE = {
     "nearest": kernel(_by_code, "matmul_by_code", VALUE=nearest_value, DRAWS=False),
     "stochastic": kernel(_by_code, "matmul_stochastic", VALUE=stochastic_value, DRAWS=True),

@@ -69,8 +69,8 @@ def matmul(
         size = result.shape[-2] * result.shape[-1]
         for number in range(math.prod(batch) if size and left.shape[-1] else 0):
             place = np.unravel_index(number, batch) if batch else ()
-            pair = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
-            _product(*pair, described, result[place], offset + number * size, words)
+            rows, columns = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
+            _product(rows, columns, described, result[place], offset + number * size, words)
     return result.numpy() if isinstance(a, np.ndarray) else result
 
 
@@ -113,7 +113,7 @@ def _product(
     ):
         _by_code(a, b, unit, out, first, words, chunk)
         return
-    kind = _kind(accumulator, unit.rounding, length, extent(a), extent(b))
+    kind = _kind(unit, accumulator, length, extent(a), extent(b))
     mode = "nearest" if unit.rounding == "nearest_even" else "zero"
     real: Any = np.float32 if kind.startswith("narrow") else np.float64
     fields = (
@@ -165,27 +165,48 @@ def extent(x: torch.Tensor) -> Extent:
     return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, False)
 
 
-def _kind(fmt: Format, rounding: str, length: int, a: Extent, b: Extent) -> str:
-    """The cheapest step that rounds once (see accel/datapath/steps.py)."""
-    bits, low = a.bits + b.bits, a.low + b.low
+def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:
+    """The cheapest step that rounds each sum of the products of a and b once (see accel/datapath/steps.py)."""
+    is_nearest, p = unit.rounding == "nearest_even", fmt.mantissa_bits + 1
+    bits, low, is_special = a.bits + b.bits, a.low + b.low, a.is_special or b.is_special
     products = a.high + b.high + 2  # every product is below 2^products
     sums = products + math.ceil(math.log2(length)) + 1  # rounded sums stay below 2^sums
-    p, is_special = fmt.mantissa_bits + 1, a.is_special or b.is_special
-    is_short = rounding == "nearest_even" and bits <= p
-    is_bounded = not is_special and sums <= fmt.max_exponent
-    top = max(products, min(sums, fmt.max_exponent) if not is_special else fmt.max_exponent) + 1
-    if is_short and p <= SHORT_32 and low >= -149 and top + FLOAT32_BITS + 1 - fmt.mantissa_bits <= 127:
-        return "narrow" if is_bounded else "narrow_limited"
+    limit = _limit(unit, fmt) if is_special or sums > fmt.max_exponent else ""
+    is_short = is_nearest and bits <= p
+    top = max(products, fmt.max_exponent + 1 if limit else sums)
+    reaches = top + FLOAT32_BITS - fmt.mantissa_bits <= 127  # what is added to round stays in the range of float32
+    if is_short and p <= SHORT_32 and low >= -149 and reaches and limit != "_limited":
+        return f"narrow{limit}"
     if (is_short and p <= SHORT_64) or sums - low <= FLOAT64_BITS:
-        return "wide" if is_bounded else "wide_limited"
+        return f"wide{limit}"
     return "odd"
+
+
+def _limit(unit: Mac, fmt: Format) -> str:
+    """The cheapest way to end a sum that leaves the format, as a suffix of the kind of step."""
+    if unit.rounding != "nearest_even":
+        return "_limited"
+    if unit.overflow == "saturate" or (fmt.infinity_code is None and not fmt.has_nan):
+        return "_saturated"
+    is_full = fmt.max == (2 - 2.0**-fmt.mantissa_bits) * 2.0**fmt.max_exponent
+    return "_infinite" if is_full and fmt.infinity_code is not None else "_limited"
 
 
 @cache
 def grid_of(fmt: Format, rounding: str, overflow: str, real: Any) -> Grid:
     """The numbers of a format with a grid (see `Grid`), in the carrier's type."""
-    beyond = torch.tensor([2.0**1000, math.inf], dtype=torch.float64)
-    finite, infinite = quantize(beyond, fmt, rounding=rounding, overflow=overflow).tolist()
-    fraction = 23 if real is np.float32 else 52
-    numbers = 2.0**fmt.min_exponent, 1.5 * 2.0 ** (fraction - fmt.mantissa_bits), 2.0**-fmt.mantissa_bits
-    return Grid(*(real(number) for number in (*numbers, fmt.max, finite, infinite)))
+    ends = torch.tensor([2.0**1000, math.inf], dtype=torch.float64)
+    beyond, infinite = quantize(ends, fmt, rounding=rounding, overflow=overflow).tolist()
+    fraction, largest = (23, 127) if real is np.float32 else (52, 1023)
+    numbers = {
+        "least": 2.0**fmt.min_exponent,
+        "top": 2.0**fmt.max_exponent,
+        "shifter": 1.5 * 2.0 ** (fraction - fmt.mantissa_bits),
+        "unit": 2.0**-fmt.mantissa_bits,
+        "largest": fmt.max,
+        "beyond": beyond,
+        "infinite": infinite,
+        "up": 2.0 ** (largest - fmt.max_exponent),
+        "down": 2.0 ** (fmt.max_exponent - largest),
+    }
+    return Grid(**{key: real(number) for key, number in numbers.items()})

@@ -31,16 +31,20 @@ MINUS_ONE = np.uint64((1 << 64) - 1)
 class Grid(NamedTuple):
     """An accumulator's format with subnormals and one mantissa bit or more, in numbers of the carrier.
 
-    least: 2^e_min. shifter: 1.5 2^(F - M). unit: 2^-M. largest: finite number; a rounded number beyond becomes
-    `beyond`, an infinite one `infinite`, with its sign.
+    least: 2^e_min. top: 2^e_max. shifter: 1.5 2^(F - M). unit: 2^-M. largest: finite number; a rounded number beyond
+    becomes `beyond`, an infinite one `infinite`, with its sign. up, down: 2^(E - e_max), E the carrier's largest
+    exponent, and its inverse: a number times both is infinite from 2^(e_max + 1) on, and else what it was.
     """
 
     least: Any
+    top: Any
     shifter: Any
     unit: Any
     largest: Any
     beyond: Any
     infinite: Any
+    up: Any
+    down: Any
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
@@ -92,6 +96,29 @@ def to_nearest(x, grid):  # type: ignore[no-untyped-def]
     power = power if power > grid.least else grid.least
     shifted = fused(power, grid.shifter, x)
     return with_sign(fused(power, -grid.shifter, shifted), x)
+
+
+@scalar
+def to_nearest_or_beyond(x, grid):  # type: ignore[no-untyped-def]
+    """The same for any x; what lies beyond the format stays beyond it, and infinite what is so."""
+    power = power_below(x)
+    power = power if power < grid.top else grid.top
+    power = power if power > grid.least else grid.least
+    shifted = fused(power, grid.shifter, x)
+    return with_sign(fused(power, -grid.shifter, shifted), x)
+
+
+@scalar
+def to_infinity(rounded, grid):  # type: ignore[no-untyped-def]
+    """Numbers from 2^(e_max + 1) on as infinite: the limit of formats whose last binade is full, as in IEEE 754."""
+    return rounded * grid.up * grid.down
+
+
+@scalar
+def to_largest(rounded, grid):  # type: ignore[no-untyped-def]
+    """Numbers beyond the largest as the largest; NaN stays NaN."""
+    rounded = grid.largest if rounded > grid.largest else rounded
+    return -grid.largest if rounded < -grid.largest else rounded
 
 
 @scalar

@@ -236,12 +236,12 @@ def test_every_way_to_sum_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_kind", lambda *given: taken.append(original(*given)) or taken[-1])
     cases = [
         ("fp16-acc", normal, "e4m3fn", "narrow"),
-        ("fp16-acc", overflowing, "e4m3fn", "narrow_limited"),
+        ("fp16-acc", overflowing, "e4m3fn", "narrow_infinite"),
         ("fp22", normal, "e4m3fn", "wide"),
         ("fp32", normal, "bf16", "wide"),
-        ("fp16-acc", overflowing, "fp16", "wide_limited"),
+        ("fp16-acc", overflowing, "fp16", "wide_infinite"),
         ("fp22", wide, None, "odd"),
-        ("fp16-acc", special, "e5m2", "narrow_limited"),
+        ("fp16-acc", special, "e5m2", "narrow_infinite"),
     ]
     for name, kind, fmt, expected in cases:
         accel.matmul(drawn(kind, fmt, (3, 45), 1), drawn(kind, fmt, (45, 5), 2), name)
