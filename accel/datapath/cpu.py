@@ -35,6 +35,8 @@ OUTER_WORDS = 1 << 62  # numbers of the words of outer accumulators follow this 
 UNDRAWN, NAN = np.uint32(0), np.float32(np.nan)
 MAGNITUDE, FRACTION, HIDDEN, ZERO = np.uint32(0x7FFFFFFF), np.uint32(0x7FFFFF), np.uint32(1 << 23), np.uint32(0)
 FRACTION_BITS = np.uint32(23)
+EXTENT = 1 << 14  # elements of an operand that are looked through at once
+NONE = -1000
 
 
 # --- an accumulator on a grid ---------------------------------------------------------------------------------------
@@ -183,23 +185,26 @@ def _by_code(start, stop, a, b, out, chunk, terms, fraction, has_product, number
 # --- what is in an operand ------------------------------------------------------------------------------------------
 
 
-def _extent(start, stop, words, extents):  # type: ignore[no-untyped-def]
-    """Of the float32 with these bit patterns, in row 0: their most significant bits, the largest exponent, minus the
-    smallest exponent of a last bit, and whether one is not finite; zeros and those do not count otherwise."""
-    bits, high, low, is_special = 0, -1000, -1000, 0
-    for i in range(start, stop):
-        magnitude = words[i] & MAGNITUDE
-        field = np.int32(magnitude >> FRACTION_BITS)
-        significand = (magnitude & FRACTION) | (HIDDEN if field > 0 else ZERO)
-        exponent = (field if field > 0 else np.int32(1)) - np.int32(127)
-        last = np.int32(np.int32(significand) & -np.int32(significand))
-        trailing = np.int32(bits_of(np.float32(last)) >> FRACTION_BITS) - np.int32(127)
-        is_number = (magnitude != ZERO) & (field < 255)
-        bits = max(bits, 24 - trailing if is_number else 0)
-        high = max(high, exponent if is_number else -1000)
-        low = max(low, 23 - trailing - exponent if is_number else -1000)
-        is_special = max(is_special, 1 if field == 255 else 0)
-    extents[0], extents[1], extents[2], extents[3] = bits, high, low, is_special
+def _extents(start, stop, words, extents):  # type: ignore[no-untyped-def]
+    """Of the float32 with these bit patterns, a row for each EXTENT of them: their most significant bits, the largest
+    exponent, minus the smallest exponent of a last bit, and whether one is not finite; zeros and those do not count
+    otherwise."""
+    for block in range(start, stop):
+        piece = words[block * EXTENT : (block + 1) * EXTENT]
+        bits, high, low, is_special = 0, NONE, NONE, 0
+        for i in range(piece.size):
+            magnitude = piece[i] & MAGNITUDE
+            field = np.int32(magnitude >> FRACTION_BITS)
+            significand = (magnitude & FRACTION) | (HIDDEN if field > 0 else ZERO)
+            exponent = (field if field > 0 else np.int32(1)) - np.int32(127)
+            last = np.int32(np.int32(significand) & -np.int32(significand))
+            trailing = np.int32(bits_of(np.float32(last)) >> FRACTION_BITS) - np.int32(127)
+            is_number = (magnitude != ZERO) & (field < 255)
+            bits = max(bits, 24 - trailing if is_number else 0)
+            high = max(high, exponent if is_number else NONE)
+            low = max(low, 23 - trailing - exponent if is_number else NONE)
+            is_special = max(is_special, 1 if field == 255 else 0)
+        extents[block, 0], extents[block, 1], extents[block, 2], extents[block, 3] = bits, high, low, is_special
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -227,4 +232,4 @@ BY_CODE = {
     "nearest": kernel(_by_code, "matmul_by_code", VALUE=nearest_value, DRAWS=False),
     "stochastic": kernel(_by_code, "matmul_stochastic", VALUE=stochastic_value, DRAWS=True),
 }
-EXTENT = kernel(_extent)
+EXTENTS = kernel(_extents)

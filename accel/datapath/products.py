@@ -159,10 +159,10 @@ def _has_grid(fmt: Format) -> bool:
 def extent(x: torch.Tensor) -> Extent:
     """What is in a float32 matrix; for zeros alone no bits, between exponents that make every sum exact."""
     words = x.contiguous().view(-1).numpy().view(np.uint32)
-    found = np.zeros(4, np.int64)
-    loops.EXTENT.serial(0, words.size, words, found)
-    bits, high, low, is_special = found.tolist()
-    return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, False)
+    found = np.zeros((-(-words.size // loops.EXTENT), 4), np.int64)
+    cpu.run(loops.EXTENTS, len(found), words, found, threads=torch.get_num_threads(), align=1, elements=loops.EXTENT)
+    bits, high, low, is_special = found.max(axis=0).tolist()
+    return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, bool(is_special))
 
 
 def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:
