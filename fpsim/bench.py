@@ -13,7 +13,9 @@ from fpsim.files import packaged_folder
 SCRIPTS = {
     "elementwise": (["--quick"], ["--cold"]),
     "packing": (["--quick"], []),
+    "matmul": (["--quick"], []),
     "training_step": (["--quick"], []),
+    "weight_pruning": (["--quick"], []),
     "saved_activations": (["--quick"], []),
     "gpu": ([], []),
 }

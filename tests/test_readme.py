@@ -56,7 +56,7 @@ def test_python_blocks_run(
 
 def test_the_readme_has_commands_and_code() -> None:
     assert len(commands()) >= 5
-    assert len(blocks("python")) == 4
+    assert len(blocks("python")) == 5
     assert [verb for verb, *_ in SPARSE] == ["run", "export"]
 
 
