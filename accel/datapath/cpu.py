@@ -9,7 +9,11 @@ element of the result is summed in the order of K, whatever the tiles and thread
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
+import torch
+from torch.nn.functional import pad
 
 from accel.datapath.steps import (
     Grid,
@@ -23,6 +27,8 @@ from accel.datapath.steps import (
     to_nearest_or_beyond,
     to_zero,
 )
+from accel.kernels import cpu
+from accel.kernels.arguments import Fields
 from accel.kernels.jit import Kernel, kernel, part, scalar
 from accel.random import philox4x32
 from accel.rounding import Parameters, nearest_value, stochastic_value
@@ -35,6 +41,7 @@ OUTER_WORDS = 1 << 62  # numbers of the words of outer accumulators follow this 
 UNDRAWN, NAN = np.uint32(0), np.float32(np.nan)
 MAGNITUDE, FRACTION, HIDDEN, ZERO = np.uint32(0x7FFFFFFF), np.uint32(0x7FFFFF), np.uint32(1 << 23), np.uint32(0)
 FRACTION_BITS = np.uint32(23)
+PRODUCTS_OF_AN_ELEMENT = 16  # that take as long as an element of an elementwise operation
 EXTENT = 1 << 14  # elements of an operand that are looked through at once
 NONE = -1000
 
@@ -126,60 +133,65 @@ def _product(a, b, has_product, product):  # type: ignore[no-untyped-def]
     return nearest_value(x, UNDRAWN, product) if has_product else x
 
 
-@scalar
-def _aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-untyped-def]
+def aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-untyped-def]
     """acc and the products of two short rows, cut to multiples of `fraction` times the largest power among them."""
-    power = power_below(acc)
+    power = power_below(np.float64(acc))
     plain = acc
     for k in range(a.size):
         both = power_below(np.float64(a[k])) * power_below(np.float64(b[k]))
         power = both if both > power else power
         plain += _product(a[k], b[k], has_product, product)
-    if power == 0 or not power < np.inf:
+    if power == 0 or not abs(plain) < np.inf:
         return plain  # zeros alone, or an infinity or a NaN among them
     quantum = power * fraction
     inverse = 1.0 / quantum
-    units = np.trunc(acc * inverse)
+    units = np.int64(acc * inverse)  # toward zero
     for k in range(a.size):
-        units += np.trunc(_product(a[k], b[k], has_product, product) * inverse)
-    return units * quantum
+        units += np.int64(_product(a[k], b[k], has_product, product) * inverse)
+    return np.float64(units) * quantum
 
 
-def _by_code(start, stop, a, b, out, chunk, terms, fraction, has_product, numbers, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
+def element_of(left, right, chunk, terms, fraction, has_product, words, seed, stream, step, inner, outer, product):  # type: ignore[no-untyped-def]
+    """One element of a product: of a row and a column. words: number of the random word of its first product."""
+    length = left.size
+    total, draw = 0.0, UNDRAWN
+    for first in range(0, length, chunk):
+        last = min(first + chunk, length)
+        acc = 0.0
+        for k in range(first, last, terms):
+            if DRAWS:
+                draw = _word_of(words + k, seed, stream, step)
+            if terms == 1:
+                x = odd_sum(acc, _product(left[k], right[k], has_product, product))
+            else:
+                group = min(k + terms, last)
+                x = ALIGNED_SUM(acc, left[k:group], right[k:group], fraction, has_product, product)
+            acc = VALUE(x, draw, inner)
+        if chunk > length:
+            total = acc
+        else:
+            if DRAWS:
+                draw = _word_of(OUTER_WORDS + words + first, seed, stream, step)
+            total = VALUE(odd_sum(total, acc), draw, outer)
+    value = np.float32(total)
+    return value if value == value else NAN
+
+
+def _by_code(start, stop, a, b, out, chunk, terms, fraction, has_product, number, seed, stream, step, *fields):  # type: ignore[no-untyped-def]
     """Elements start .. stop of out = a b, flat. a: (M, K); b: (N, K), transposed.
 
-    numbers: of the first element of each row. chunk: beyond K where there is no outer accumulator. fraction:
+    number: of the first element of out. chunk: beyond K where there is no outer accumulator. fraction:
     2^-fraction_bits of a fused dot product.
     """
     inner, outer = Parameters(*fields[:VALUE_FIELDS]), Parameters(*fields[VALUE_FIELDS:TWO_VALUES])
     product = Parameters(*fields[TWO_VALUES:THREE_VALUES])
-    length, columns = a.shape[1], b.shape[0]
-    draw = UNDRAWN
+    columns = b.shape[0]
     for element in range(start, stop):
         row, column = element // columns, element % columns
-        left, right = a[row], b[column]
-        first_word = (numbers[row] + column) * length
-        total = 0.0
-        for first in range(0, length, chunk):
-            last = min(first + chunk, length)
-            acc = 0.0
-            for k in range(first, last, terms):
-                if DRAWS:
-                    draw = _word_of(first_word + k, seed, stream, step)
-                if terms == 1:
-                    x = odd_sum(acc, _product(left[k], right[k], has_product, product))
-                else:
-                    group = min(k + terms, last)
-                    x = _aligned_sum(acc, left[k:group], right[k:group], fraction, has_product, product)
-                acc = VALUE(x, draw, inner)
-            if chunk > length:
-                total = acc
-            else:
-                if DRAWS:
-                    draw = _word_of(OUTER_WORDS + first_word + first, seed, stream, step)
-                total = VALUE(odd_sum(total, acc), draw, outer)
-        value = np.float32(total)
-        out[row, column] = value if value == value else NAN
+        words = (number + element) * a.shape[1]
+        out[row, column] = ELEMENT(
+            a[row], b[column], chunk, terms, fraction, has_product, words, seed, stream, step, inner, outer, product
+        )
 
 
 # --- what is in an operand ------------------------------------------------------------------------------------------
@@ -220,16 +232,76 @@ STEPS = {  # kind: (step, carrier, modes)
     "wide_limited": (_limited_step, np.float64, ("nearest", "zero")),
     "odd": (_odd_step, np.float64, ("nearest", "zero")),
 }
-_ADDS = {mode: part(_add, f"add_{mode}", ROUND=function) for mode, function in MODES.items()}
+ADD_OF = {mode: part(_add, f"add_{mode}", ROUND=function) for mode, function in MODES.items()}
 ON_A_GRID: dict[tuple[str, str], Kernel] = {}
+STEP_OF: dict[tuple[str, str], Any] = {}
 for _kind, (_body, _real, _modes) in STEPS.items():
     for _mode in _modes:
         _name = f"{_kind}_{_mode}"
-        _bound = part(_body, f"{_name}_step", ROUND=MODES[_mode])
-        _sums = part(_accumulate, f"{_name}_accumulate", STEP=_bound, REAL=_real)
-        ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", ACCUMULATE=_sums, ADD=_ADDS[_mode], REAL=_real)
+        STEP_OF[_kind, _mode] = part(_body, f"{_name}_step", ROUND=MODES[_mode])
+        _sums = part(_accumulate, f"{_name}_accumulate", STEP=STEP_OF[_kind, _mode], REAL=_real)
+        ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", ACCUMULATE=_sums, ADD=ADD_OF[_mode], REAL=_real)
+VALUES: dict[str, dict[str, Any]] = {  # how sums are rounded by code
+    "nearest": {"VALUE": nearest_value, "DRAWS": False},
+    "stochastic": {"VALUE": stochastic_value, "DRAWS": True},
+}
+_ALIGNED_SUM = scalar(aligned_sum)
 BY_CODE = {
-    "nearest": kernel(_by_code, "matmul_by_code", VALUE=nearest_value, DRAWS=False),
-    "stochastic": kernel(_by_code, "matmul_stochastic", VALUE=stochastic_value, DRAWS=True),
+    mode: kernel(
+        _by_code,
+        f"matmul_by_code_{mode}",
+        ELEMENT=part(element_of, f"element_{mode}", ALIGNED_SUM=_ALIGNED_SUM, **names),
+    )
+    for mode, names in VALUES.items()
 }
 EXTENTS = kernel(_extents)
+
+
+# --- launchers: the same names as in cuda.py --------------------------------------------------------------------------
+
+
+class Extent(NamedTuple):
+    """What is in an operand: the most significant bits of a number, the exponent of the largest (or above), that of the
+    smallest last bit, and whether an infinity or a NaN is there. All 0 but the last for zeros alone."""
+
+    bits: int
+    high: int
+    low: int
+    is_special: bool
+
+
+def extent(x: torch.Tensor) -> Extent:
+    """Of a float32 matrix."""
+    words = x.contiguous().view(-1).numpy().view(np.uint32)
+    found = np.zeros((-(-words.size // EXTENT), 4), np.int64)
+    cpu.run(EXTENTS, len(found), words, found, threads=torch.get_num_threads(), align=1, elements=EXTENT)
+    bits, high, low, is_special = found.max(axis=0).tolist()
+    return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, bool(is_special))
+
+
+def on_a_grid(
+    kind: str, mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, chunk: int, inner: Grid, outer: Grid
+) -> None:
+    """out = a b by the step `kind` of STEPS, rounding to `mode` of MODES. chunk: beyond K for no outer accumulator."""
+    rows, length = a.shape
+    strips, panels = -(-rows // ROWS), -(-b.shape[1] // COLUMNS)
+    by_strip = pad(a, [0, 0, 0, strips * ROWS - rows]).view(strips, ROWS, length)
+    by_panel = pad(b, [0, panels * COLUMNS - b.shape[1]]).view(length, panels, COLUMNS)
+    packed = by_strip.transpose(1, 2).contiguous(), by_panel.transpose(0, 1).contiguous()
+    whole = torch.empty(strips * ROWS, panels * COLUMNS)
+    arguments = (*(x.numpy() for x in (*packed, whole)), panels, chunk, *inner, *outer)
+    elements = ROWS * COLUMNS * length // PRODUCTS_OF_AN_ELEMENT
+    threads = torch.get_num_threads()
+    cpu.run(ON_A_GRID[kind, mode], strips * panels, *arguments, threads=threads, align=1, elements=elements)
+    out.copy_(whole[:rows, : b.shape[1]])
+
+
+def by_code(
+    mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, options: tuple[Any, ...], *fields: Fields
+) -> None:
+    """The same for the units that `_by_code` is for. options: its arguments from `chunk` to `step`; fields: of the
+    accumulator, the outer one, and the product."""
+    arguments = (a.contiguous().numpy(), b.t().contiguous().numpy(), out.numpy(), *options)
+    flat = (field for one in fields for field in one)
+    threads = torch.get_num_threads()
+    cpu.run(BY_CODE[mode], out.numel(), *arguments, *flat, threads=threads, align=1, elements=a.shape[1])

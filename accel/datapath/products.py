@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 
 from accel.arguments import as_tensor, checked_words
-from accel.datapath import cpu as loops
+from accel.datapath import cpu
+from accel.datapath.cpu import Extent
 from accel.datapath.steps import Grid
 from accel.datapath.units import AnyMac, Mac, mac
 from accel.formats import Format
-from accel.kernels import cpu
 from accel.kernels.arguments import Fields
 from accel.operations import AnyArray, quantize
 from accel.rounding import parameters
@@ -23,17 +23,6 @@ from accel.rounding import parameters
 LARGEST_INT32 = (1 << 31) - 1
 FLOAT32_BITS, FLOAT64_BITS = 24, 53
 SHORT_32, SHORT_64 = 11, 25  # significant bits p with 2 p + 2 <= 24 and 53
-MULTIPLY_ADDS_OF_AN_ELEMENT = 16  # in elements of an elementwise operation, for the choice of threads
-
-
-class Extent(NamedTuple):
-    """What is in an operand: the most significant bits of a number, the exponent of the largest, that of the smallest
-    last bit, and whether an infinity or a NaN is there. All but the last None for zeros alone."""
-
-    bits: int
-    high: int
-    low: int
-    is_special: bool
 
 
 def matmul(
@@ -41,7 +30,7 @@ def matmul(
 ) -> Any:
     """a b as the unit computes it: (..., M, K) times (..., K, N), leading dimensions broadcast.
 
-    a, b: float32 tensors or arrays on the CPU, in any strides. unit: a Mac, its name, or a mapping (see `mac`).
+    a, b: float32 tensors or arrays on one device, in any strides. unit: a Mac, its name, or a mapping (see `mac`).
     Returns float32, values of the (outer) accumulator's format, NaN canonical; int32 for an accumulator "int32".
     seed, stream, step, offset: of the random words of stochastic sums, which depend on the element of the result
     (row-major number, plus offset) and on its place in K.
@@ -50,6 +39,8 @@ def matmul(
     checked_words(seed, stream, step, offset)
     described = mac(unit)
     left, right = _operand(a, "a"), _operand(b, "b")
+    if left.device != right.device:
+        raise ValueError(f"a is on {left.device}, b on {right.device}")
     if left.shape[-1] != right.shape[-2]:
         raise ValueError(f"a has {left.shape[-1]} columns, b has {right.shape[-2]} rows: K must be the same")
     try:
@@ -65,7 +56,7 @@ def matmul(
     if described.is_integer:
         result = _integer_product(left, right, described)
     else:
-        result = torch.zeros(*batch, left.shape[-2], right.shape[-1])
+        result = torch.zeros(*batch, left.shape[-2], right.shape[-1], device=left.device)
         size = result.shape[-2] * result.shape[-1]
         for number in range(math.prod(batch) if size and left.shape[-1] else 0):
             place = np.unravel_index(number, batch) if batch else ()
@@ -74,12 +65,22 @@ def matmul(
     return result.numpy() if isinstance(a, np.ndarray) else result
 
 
+def backend(x: torch.Tensor) -> ModuleType:
+    """The loops for a tensor's device. RuntimeError where it is a GPU and numba-cuda is not installed."""
+    if x.device.type != "cuda":
+        return cpu
+    try:
+        import accel.datapath.cuda as cuda
+    except ImportError as error:
+        raise RuntimeError(f"tensors on a GPU need numba-cuda: pip install 'fpsim[cuda]' ({error})") from error
+    return cuda
+
+
 def _operand(x: AnyArray, name: str) -> torch.Tensor:
     tensor = as_tensor(x, name).detach()
-    if tensor.dtype != torch.float32 or tensor.ndim < 2 or tensor.device.type != "cpu":
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
         raise ValueError(
-            f"{name} must be a float32 tensor of two or more dimensions on the CPU (got {tensor.dtype}, "
-            f"{tensor.ndim} dimensions, {tensor.device})"
+            f"{name} must be a float32 tensor of two or more dimensions (got {tensor.dtype}, {tensor.ndim} dimensions)"
         )
     return tensor
 
@@ -113,39 +114,25 @@ def _product(
     ):
         _by_code(a, b, unit, out, first, words, chunk)
         return
-    kind = _kind(unit, accumulator, length, extent(a), extent(b))
+    loops = backend(a)
+    kind = _kind(unit, accumulator, length, loops.extent(a), loops.extent(b))
     mode = "nearest" if unit.rounding == "nearest_even" else "zero"
     real: Any = np.float32 if kind.startswith("narrow") else np.float64
-    fields = (
-        *grid_of(accumulator, unit.rounding, unit.overflow, real),
-        *grid_of(outer, unit.rounding, unit.overflow, np.float64),
-    )
-    strips, panels = -(-a.shape[0] // loops.ROWS), -(-b.shape[1] // loops.COLUMNS)
-    rows = pad(a, [0, 0, 0, strips * loops.ROWS - a.shape[0]]).view(strips, loops.ROWS, length)
-    columns = pad(b, [0, panels * loops.COLUMNS - b.shape[1]]).view(length, panels, loops.COLUMNS)
-    packed = rows.transpose(1, 2).contiguous(), columns.transpose(0, 1).contiguous()
-    whole = torch.empty(strips * loops.ROWS, panels * loops.COLUMNS)
-    tile = loops.ROWS * loops.COLUMNS * length // MULTIPLY_ADDS_OF_AN_ELEMENT
-    arguments = (*(x.numpy() for x in (*packed, whole)), panels, chunk, *fields)
-    loop = loops.ON_A_GRID[kind, mode]
-    cpu.run(loop, strips * panels, *arguments, threads=torch.get_num_threads(), align=1, elements=tile)
-    out.copy_(whole[: a.shape[0], : b.shape[1]])
+    inner = grid_of(accumulator, unit.rounding, unit.overflow, real)
+    loops.on_a_grid(kind, mode, a, b, out, chunk, inner, grid_of(outer, unit.rounding, unit.overflow, np.float64))
 
 
 def _by_code(
     a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, words: tuple[Any, Any, Any], chunk: int
 ) -> None:
-    accumulator, length = unit.accumulator, a.shape[1]
+    accumulator = unit.accumulator
     assert isinstance(accumulator, Format)
     sums = [_values(fmt, unit.rounding, unit) for fmt in (accumulator, unit.outer or accumulator)]
     product = _values(unit.product or accumulator, "nearest_even", unit)
-    numbers = np.arange(a.shape[0]) * b.shape[1] + first
     fraction = 2.0 ** -(unit.fraction_bits or 0)
-    rows, columns = a.contiguous().numpy(), b.t().contiguous().numpy()
-    options = (chunk, unit.terms, fraction, unit.product is not None, numbers, *words)
-    loop = loops.BY_CODE["stochastic" if unit.rounding == "stochastic" else "nearest"]
-    arguments = (rows, columns, out.numpy(), *options, *sums[0], *sums[1], *product)
-    cpu.run(loop, out.numel(), *arguments, threads=torch.get_num_threads(), align=1, elements=length)
+    options = chunk, unit.terms, fraction, unit.product is not None, first, *words
+    mode = "stochastic" if unit.rounding == "stochastic" else "nearest"
+    backend(a).by_code(mode, a, b, out, options, *sums, product)
 
 
 def _values(fmt: Format, rounding: str, unit: Mac) -> Fields:
@@ -154,15 +141,6 @@ def _values(fmt: Format, rounding: str, unit: Mac) -> Fields:
 
 def _has_grid(fmt: Format) -> bool:
     return fmt.subnormals and fmt.mantissa_bits > 0 and fmt.policy != "p3109"
-
-
-def extent(x: torch.Tensor) -> Extent:
-    """What is in a float32 matrix; for zeros alone no bits, between exponents that make every sum exact."""
-    words = x.contiguous().view(-1).numpy().view(np.uint32)
-    found = np.zeros((-(-words.size // loops.EXTENT), 4), np.int64)
-    cpu.run(loops.EXTENTS, len(found), words, found, threads=torch.get_num_threads(), align=1, elements=loops.EXTENT)
-    bits, high, low, is_special = found.max(axis=0).tolist()
-    return Extent(bits, high, -low, bool(is_special)) if bits else Extent(0, 0, 0, bool(is_special))
 
 
 def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:

@@ -27,6 +27,34 @@ BLOCK_KINDS: dict[str, dict[str, Any]] = {
 E4M3_ALPHA = accel.format({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fn", "alpha_codes": True})
 
 
+STOCHASTIC = {"base": "fp16-acc", "rounding": "stochastic"}
+PRODUCTS: list[tuple[str, Any, Case]] = [  # (what it takes, unit, operands), one for each kind of step
+    ("narrow", "fp16-acc", lambda x: accel.quantize(x.nan_to_num(0, 0, 0) / 4096, "e5m2")),
+    ("narrow, infinite", "fp16-acc", lambda x: accel.quantize(x, "e5m2", overflow="ieee")),
+    ("narrow, saturated", {"base": "fp16-acc", "overflow": "saturate"}, lambda x: accel.quantize(x, "e5m2")),
+    ("wide", "fp22", lambda x: accel.quantize(x.nan_to_num(0, 0, 0), "e4m3fn")),
+    ("wide, infinite", "fp22", lambda x: accel.quantize(x, "e4m3fn")),
+    ("wide, saturated", {"base": "fp22", "overflow": "saturate"}, lambda x: accel.quantize(x, "e4m3fn")),
+    ("wide, limited", {"accumulator": "e4m3fn"}, lambda x: accel.quantize(x, "e4m3fn")),
+    ("odd", "fp32", lambda x: x),
+    (
+        "wide, toward zero",
+        {"base": "fp22", "rounding": "toward_zero"},
+        lambda x: accel.quantize(x.nan_to_num(0, 0, 0), "e4m3fn"),
+    ),
+    ("limited, toward zero", {"base": "fp16-acc", "rounding": "toward_zero"}, lambda x: accel.quantize(x, "e4m3fn")),
+    ("odd, toward zero", {"base": "fp32", "rounding": "toward_zero"}, lambda x: x),
+    (
+        "chunks",
+        {"base": "fp16-acc", "chunk": 7, "outer": "fp32"},
+        lambda x: accel.quantize(x.nan_to_num(0, 0, 0), "e4m3fn"),
+    ),
+    ("fused", "hopper-fp8", lambda x: accel.quantize(x, "e4m3fn")),
+    ("rounded products", {"accumulator": "fp16", "product": "bf16", "chunk": 7}, lambda x: x),
+    ("stochastic", STOCHASTIC, lambda x: accel.quantize(x.nan_to_num(0, 0, 0), "e4m3fn")),
+]
+
+
 def numbers(count: int) -> torch.Tensor:
     """float32 of many magnitudes, with special values among them: shape (count,)."""
     random = np.random.default_rng(0)
@@ -87,9 +115,22 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "pack what no value has a code for", _refused
     yield "unpack what is wrong", _damaged
     yield "pack rle", _packed("rle")  # whose loops run on the CPU
+    for name, unit, make in PRODUCTS:
+        yield f"matmul {name}", _product(unit, make)
     yield "largest magnitude", lambda x: (accel.largest_magnitude(x), accel.largest_magnitude(x.nan_to_num()))
     yield "empty", lambda x: accel.quantize(x[:0], "e4m3fn")
     yield "0-d", lambda x: accel.quantize(x[7], "e4m3fn", rounding="stochastic", **WORDS)
+
+
+def _product(unit: Any, make: Case) -> Case:
+    """A product of whose operands one is transposed, in tiles that are not whole."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        rows, length, columns = (9, 20, 7) if x.numel() < 100_000 else (130, 300, 70)
+        a, b = x[: rows * length].view(rows, length), x.flip(0)[: length * columns].view(columns, length).t()
+        return accel.matmul(make(a), make(b), unit, seed=3, stream=4, step=5, offset=6)
+
+    return call
 
 
 def _quantize(fmt: Any, **options: Any) -> Case:

@@ -19,6 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from accel import launch
 from accel.codecs import cuda as codecs_cuda
+from accel.datapath import cpu as datapath_cpu
+from accel.datapath import cuda as datapath_cuda
+from accel.datapath import products
 from accel.kernels import cpu, cuda, cuda_jit
 from tests.accel.cuda_cases import Case, cases, flattened, numbers, same_bits
 
@@ -40,6 +43,7 @@ def shared_array(self: Any, shape: Any, dtype: Any) -> Any:
 
 def on(backend: ModuleType, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
     launch.backend = lambda _: backend  # type: ignore[assignment]
+    products.backend = lambda _: datapath_cpu if backend is cpu else datapath_cuda  # type: ignore[assignment]
     return flattened(case(x))
 
 
@@ -63,7 +67,7 @@ def main() -> int:
         count += 1
         if len(expected) != len(found) or not all(map(same_bits, expected, found)):
             wrong.append(name)
-    missing = sorted({*cuda.LOOPS, *codecs_cuda.LOOPS} - launched)
+    missing = sorted({*cuda.LOOPS, *codecs_cuda.LOOPS, *datapath_cuda.LOOPS} - launched)
     print(f"{count} cases, {len(launched)} kernels; differing: {wrong or 'none'}; not launched: {missing or 'none'}")
     return 1 if wrong or missing else 0
 

@@ -156,6 +156,44 @@ def test_every_kernel_compiles(architecture: tuple[int, int], step: int, monkeyp
     assert divisions > 20 // step
 
 
+@pytest.mark.parametrize("architecture", [(8, 0), (9, 0), (10, 0)], ids=str)
+def test_every_matrix_product_compiles(architecture: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And assembles, without local memory. Fused operations are there by intent: of exact products."""
+    import numba.cuda.dispatcher
+
+    from accel.datapath import cuda
+    from accel.datapath.products import grid_of
+    from accel.kernels.cuda_jit import assembled, ptx_of
+
+    class Device:
+        compute_capability = architecture
+
+    monkeypatch.setattr(numba.cuda.dispatcher, "get_current_device", Device)
+    matrix, values = np.zeros((2, 2), np.float32), tuple(parameters(scalar("fp16"), wide=True))
+    for name, loop in cuda.LOOPS.items():
+        if "by_code" in name:
+            options: tuple[Any, ...] = (
+                3,
+                1,
+                0.5,
+                True,
+                0,
+                *(np.uint64(word) for word in (1, 2, 3)),
+                values,
+                values,
+                values,
+            )
+        else:
+            real = np.float32 if "narrow" in name else np.float64
+            grids = (tuple(grid_of(scalar("fp16"), "nearest_even", "ieee", kind)) for kind in (real, np.float64))
+            options = (3, *grids)
+        ptx = ptx_of(loop, name, (matrix, matrix, matrix, *options), architecture)
+        assert f".target sm_{architecture[0]}{architecture[1]}" in ptx
+        assert ".local" not in ptx, name
+        assert ("by_code" in name) or re.search(r"\bfma\.rn\.f(32|64)", ptx), name
+        assert assembled(ptx, architecture).startswith(b"\x7fELF")
+
+
 def test_fused_products_would_be_seen() -> None:
     assert fusible("mul.f32 %f3, %f1, %f2;\nadd.f32 %f4, %f3, %f1;") == ["add.f32 %f4, %f3, %f1;"]
     assert fusible("mul.f32 %f3, %f1, %f2;\nsub.f32 %f4, %f1, %f3;") == ["sub.f32 %f4, %f1, %f3;"]

@@ -400,7 +400,7 @@ def test_units_that_cannot_be(unit: Any, message: str) -> None:
     ("a", "b", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(4, 2), "a has 3 columns, b has 4 rows: K must be the same"),
-        (torch.zeros(3), torch.zeros(3, 2), "a must be a float32 tensor of two or more dimensions on the CPU"),
+        (torch.zeros(3), torch.zeros(3, 2), "a must be a float32 tensor of two or more dimensions (got torch.float32, 1"),
         (torch.zeros(2, 3), torch.zeros(3, 2).double(), "b must be a float32 tensor"),
         (torch.zeros(2, 2, 3), torch.zeros(3, 3, 2), "leading dimensions do not broadcast"),
     ],
