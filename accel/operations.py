@@ -327,7 +327,6 @@ def _encode_blocks(x: torch.Tensor, fmt: BlockFormat, options: Any, scale: objec
     if not fmt.scale.has_nan:
         refuse_nan(x, fmt.scale)
     length = x.shape[fmt.dim] if x.ndim else 1
-    x = with_padding(x, fmt)
     codes = torch.empty(x.shape, dtype=code_dtype(fmt.element), device=x.device)
     shape = list(x.shape) or [1]
     shape[fmt.dim] = -(-shape[fmt.dim] // fmt.block_size)
@@ -335,7 +334,7 @@ def _encode_blocks(x: torch.Tensor, fmt: BlockFormat, options: Any, scale: objec
     whole = tensor_scale(x, fmt, scale if isinstance(scale, int | float) else None)
     method = launch.method_of(fmt.element, *options)
     launch.round_blocks_into("encode", x, codes, scales.view(-1), whole, fmt, method, key)
-    return BlockCodes(codes, scales, whole if fmt.tensor_scale else None, length)
+    return BlockCodes(with_padding(codes, fmt), scales, whole if fmt.tensor_scale else None, length)
 
 
 def with_padding(x: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:

@@ -285,12 +285,13 @@ def export(
     ] = None,
     codec: Annotated[str | None, typer.Option(help="Of the weights, if not the run's, such as bitmask or csr.")] = None,
     scale: Annotated[str | None, typer.Option(help="Of the weights, if not the run's; amax where it has none.")] = None,
+    granularity: Annotated[str | None, typer.Option(help="Of the scale, if not the run's: tensor or channel.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's pruned and rounded weights: as packed streams, and as a plain state dict."""
     from fpsim import export as verb
 
-    exported = verb.export(run_dir, output, fmt, codec, scale)
+    exported = verb.export(run_dir, output, fmt, codec, scale, granularity)
     if as_json:
         print(json.dumps(verb.to_data(exported), indent=1))
         return

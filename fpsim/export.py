@@ -58,20 +58,21 @@ class Exported:
 
 def export(
     run_dir: str | Path, output: Path | None = None, fmt: str | None = None, codec: str | None = None,
-    scale: str | None = None,
+    scale: str | None = None, granularity: str | None = None,
 ) -> Exported:  # fmt: skip
     """Write the three files into `output`, by default RUN/export.
 
-    fmt, codec, scale: of weights, instead of what the run's configuration says in emulation.weights; a layer whose
-    weights it excludes or overrides keeps what it says of that one. scale: None is the run's, `amax` where it has none.
-    What is packed is read back and compared. Raises ConfigError for what is not a run, for weights that have no format,
+    fmt, codec, scale, granularity: of weights, instead of what the run's configuration says in emulation.weights; a
+    layer whose weights it excludes or overrides keeps what it says of that one. scale: None is the run's, `amax` where
+    it has none. What is packed is read back and compared. Raises ConfigError for what is not a run, for weights that have no format,
     and for options that do not go together; RunError for a run without a checkpoint or with a damaged one, and for a
     weight that the codec cannot hold.
     """
     folder = find_run(run_dir)
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
-    config = _with_weights(folder / CONFIG_FILE, fmt, codec, scale)
+    given = {"format": fmt, "codec": codec, "scale": scale, "granularity": granularity}
+    config = _with_weights(folder / CONFIG_FILE, {key: text for key, text in given.items() if text is not None})
     state, model, weights = _weights_of(config, folder)
     packed = {f"{name}.weight": weight for name, weight in weights.items()}
     parts = {key: pack_weight(weight) for key, weight in packed.items()}
@@ -89,16 +90,15 @@ def export(
     return found
 
 
-def _with_weights(file: Path, fmt: str | None, codec: str | None, scale: str | None) -> Config:
+def _with_weights(file: Path, given: dict[str, str]) -> Config:
     """The run's configuration, with what is given of its weights."""
     config = load_config(file)
     is_float32 = config.emulation is None or config.emulation.weights is None
-    if is_float32 and fmt is None and (codec or scale):
+    if is_float32 and given and "format" not in given:
         raise ConfigError([Problem("--format", "is needed: the run's weights are float32")])
-    if is_float32 and fmt is not None and scale is None and isinstance(load_format(fmt), accel.Format):
-        scale = "amax"
-    given = {"format": fmt, "codec": codec, "scale": scale}
-    return load_config(file, [f"emulation.weights.{key}={text}" for key, text in given.items() if text is not None])
+    if is_float32 and given and isinstance(load_format(given["format"]), accel.Format):
+        given = {"scale": "amax", **given}
+    return load_config(file, [f"emulation.weights.{key}={text}" for key, text in given.items()])
 
 
 def _weights_of(config: Config, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, EncodedWeight]]:
@@ -140,13 +140,19 @@ def _check(path: Path, expected: dict[str, Tensor]) -> None:
 def _plain(weights: dict[str, EncodedWeight], others: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {key: tensor.detach().contiguous().clone() for key, tensor in others.items()}
     for key, weight in weights.items():
-        dtype = TORCH_DTYPES.get(weight.fmt.name) if accel.format(weight.fmt.name) == weight.fmt else None
-        if dtype is None:
+        name = weight.fmt.name
+        dtype = TORCH_DTYPES.get(name)
+        if dtype is None or accel.format(name) != weight.fmt:
             found[key] = weight.values.contiguous().clone()
             continue
-        found[key] = accel.encode(weight.values, weight.fmt, scale=weight.scale).view(dtype)
+        found[key] = accel.encode(weight.values, weight.fmt, scale=weight.scale, overflow=weight.spec.overflow).view(
+            dtype
+        )
+        scale = torch.as_tensor(1.0 if weight.scale is None else weight.scale, dtype=torch.float32)
         if weight.scale is not None:
-            found[f"{key}_scale"] = torch.as_tensor(weight.scale, dtype=torch.float32).clone()
+            found[f"{key}_scale"] = scale.clone()
+        if not torch.allclose(found[key].float() * scale, weight.values, rtol=0, atol=0, equal_nan=True):
+            raise RunError(f"{key} does not come back from {dtype}")
     return found
 
 
@@ -155,7 +161,7 @@ def _row(key: str, weight: EncodedWeight, stored_bits: int) -> dict[str, Any]:
     return {
         "weight": key,
         "shape": list(weight.values.shape),
-        "zeros": stored.numel - stored.nonzeros,
+        "zeros": int((weight.values == 0).sum()),
         "format": stored.format,
         "codec": stored.codec,
         "stored_bits": stored_bits,

@@ -1,7 +1,8 @@
 """A model's weights as packed streams in one safetensors file, and back: the same float32 numbers, bit for bit.
 
     K                 uint8: the stream (`accel.Packed`) of the weight `K` of the state dict, with format and scale
-    K.scales          float32: the scales of its channels but the first, which the stream has
+    K.scales          float32: the scales of its channels but the first, which the stream has; all of them where the
+                      format has more than EXACT_BITS significant bits, whose products with a scale can coincide
     K.block_scales    uint8: of a block format, the codes of the blocks' scales, most significant bit first
     any other key     parameters and buffers as they are
 
@@ -34,6 +35,7 @@ from fpsim.files import write_bytes
 
 VERSION = 1
 KEY = "fpsim"
+EXACT_BITS = 22  # a number of so many bits comes back from its float32 product with any scale
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ def pack_weight(weight: EncodedWeight) -> Parts:
     scale = weight.scale
     if not isinstance(scale, Tensor) or scale.numel() == 1:
         return Parts({}, {"": _bytes(accel.pack(weight.values, codec, fmt, scale=_number(scale)))})
-    first = float(scale.flatten()[0])
+    is_exact = fmt.mantissa_bits < EXACT_BITS
+    first = float(scale.flatten()[0]) if is_exact else None
     codes = accel.encode(weight.values, fmt, scale=scale)
     stream = accel.pack(accel.decode(codes, fmt, scale=first), codec, fmt, scale=first)
-    tensors = {"": _bytes(stream), ".scales": scale.flatten()[1:].clone()}
+    tensors = {"": _bytes(stream), ".scales": scale.flatten()[int(is_exact) :].clone()}
     return Parts({"scales_shape": list(scale.shape)}, tensors)
 
 
@@ -81,8 +84,9 @@ def unpack_weight(parts: Parts) -> Tensor:
         scales = _from_bits(parts.tensors[".block_scales"], fmt.scale.bits, said["scales_shape"])
         values = accel.decode(BlockCodes(codes, scales, whole, said["length"]), fmt)
     elif ".scales" in parts.tensors:
-        first = float(header.scale)
-        scale = torch.cat([torch.tensor([first]), parts.tensors[".scales"]]).view(said["scales_shape"])
+        first, scales = float(header.scale), parts.tensors[".scales"]
+        is_exact = header.fmt.mantissa_bits < EXACT_BITS
+        scale = (torch.cat([torch.tensor([first]), scales]) if is_exact else scales).view(said["scales_shape"])
         values = accel.decode(accel.encode(values, header.fmt, scale=first), header.fmt, scale=scale)
     return values
 

@@ -138,9 +138,11 @@ def aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-u
     power = power_below(np.float64(acc))
     plain = acc
     for k in range(a.size):
+        x = _product(a[k], b[k], has_product, product)
         both = power_below(np.float64(a[k])) * power_below(np.float64(b[k]))
+        both = both if both < np.inf else power_below(x)
         power = both if both > power else power
-        plain += _product(a[k], b[k], has_product, product)
+        plain += x
     if power == 0 or not abs(plain) < np.inf:
         return plain  # zeros alone, or an infinity or a NaN among them
     quantum = power * fraction

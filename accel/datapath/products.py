@@ -34,7 +34,8 @@ def matmul(
     Returns float32, values of the (outer) accumulator's format, NaN canonical; int32 for an accumulator "int32".
     seed, stream, step, offset: of the random words of stochastic sums, which depend on the element of the result
     (row-major number, plus offset) and on its place in K.
-    Raises ValueError for operands of other shapes, dtypes or devices, and where an int32 could overflow.
+    Raises ValueError for operands of other shapes, dtypes or devices, for a NaN among integers, and where an int32
+    could overflow. Floats are IEEE 754's: results are others under `torch.set_flush_denormal(True)`.
     """
     checked_words(seed, stream, step, offset)
     described = mac(unit)
@@ -92,6 +93,9 @@ def _integer_product(a: torch.Tensor, b: torch.Tensor, unit: Mac) -> torch.Tenso
     largest = a.shape[-1] * 2 ** (unit.a.mantissa_bits + unit.b.mantissa_bits)
     if largest > LARGEST_INT32:
         raise ValueError(f"mac {unit.name!r}: a sum of {a.shape[-1]} products could overflow an int32")
+    for name, operand in (("a", a), ("b", b)):
+        if bool(operand.isnan().any()):
+            raise ValueError(f"mac {unit.name!r}: {name} holds a NaN, which integers do not have")
     if largest <= 1 << FLOAT32_BITS:
         return torch.matmul(a, b).to(torch.int32)
     return torch.matmul(a.double(), b.double()).to(torch.int32)
@@ -150,10 +154,13 @@ def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:
     products = a.high + b.high + 2  # every product is below 2^products
     sums = products + math.ceil(math.log2(length)) + 1  # rounded sums stay below 2^sums
     limit = _limit(unit, fmt) if is_special or sums > fmt.max_exponent else ""
+    if limit:  # a sum may become the largest number, and go on from there
+        sums, low = max(sums, fmt.max_exponent + 2), min(low, fmt.max_exponent - fmt.mantissa_bits)
     is_short = is_nearest and bits <= p
-    top = max(products, fmt.max_exponent + 1 if limit else sums)
+    top = max(products, min(sums, fmt.max_exponent + 1) if limit else sums)
     reaches = top + FLOAT32_BITS - fmt.mantissa_bits <= 127  # what is added to round stays in the range of float32
-    if is_short and p <= SHORT_32 and low >= -149 and reaches and limit != "_limited":
+    is_normal = a.low + b.low >= -149 and fmt.min_exponent >= -126
+    if is_short and p <= SHORT_32 and is_normal and reaches and limit != "_limited":
         return f"narrow{limit}"
     if (is_short and p <= SHORT_64) or sums - low <= FLOAT64_BITS:
         return f"wide{limit}"
@@ -167,7 +174,7 @@ def _limit(unit: Mac, fmt: Format) -> str:
     if unit.overflow == "saturate" or (fmt.infinity_code is None and not fmt.has_nan):
         return "_saturated"
     is_full = fmt.max == (2 - 2.0**-fmt.mantissa_bits) * 2.0**fmt.max_exponent
-    return "_infinite" if is_full and fmt.infinity_code is not None else "_limited"
+    return "_infinite" if is_full and fmt.infinity_code is not None and fmt.max_exponent >= 0 else "_limited"
 
 
 @cache
@@ -184,7 +191,7 @@ def grid_of(fmt: Format, rounding: str, overflow: str, real: Any) -> Grid:
         "largest": fmt.max,
         "beyond": beyond,
         "infinite": infinite,
-        "up": 2.0 ** (largest - fmt.max_exponent),
-        "down": 2.0 ** (fmt.max_exponent - largest),
+        "up": 2.0 ** (largest - max(fmt.max_exponent, 0)),
+        "down": 2.0 ** (max(fmt.max_exponent, 0) - largest),
     }
     return Grid(**{key: real(number) for key, number in numbers.items()})

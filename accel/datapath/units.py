@@ -6,7 +6,8 @@ An output element is a sum of K products. In the order of K:
     terms > 1        a fused dot product: `terms` products and acc together. Each is cut (toward zero) to a multiple of
                      2^(e - fraction_bits), e the largest exponent among them, then all are added exactly, and the sum
                      is rounded once. The exponent of a product is the sum of its operands' exponents,
-                     those of float32: a subnormal operand has the exponent of its first bit. Zeros have none.
+                     those of float32: a subnormal operand has the exponent of its first bit. Zeros have none; an
+                     infinite operand's product has its own, if its format makes it finite.
     chunk            after every `chunk` products the accumulator is added to an outer one, which has a format and
                      begins at 0, and starts again from 0 (Wang et al. 2018); the result is the outer one
 
@@ -148,7 +149,8 @@ _FORMAT_KEYS = ("accumulator", "a", "b", "product", "outer")
 
 
 def mac(spec: str | Mapping[str, object] | Mac) -> Mac:
-    """The unit of a name (`macs()`), or of a mapping of Mac's fields; `base` takes what it does not say from another.
+    """The unit of a name (`macs()`), or of a mapping of Mac's fields; `base` takes what it does not say from another,
+    None being said.
 
     Formats may be names, texts or mappings (see `accel.format`). Raises ValueError that says what is wrong and what is
     allowed.
@@ -159,12 +161,13 @@ def mac(spec: str | Mapping[str, object] | Mac) -> Mac:
         return _named(spec)
     if not isinstance(spec, Mapping):
         raise ValueError(f"a mac is a name, a mapping or a Mac (got {type(spec).__name__})")
-    options = {key: value for key, value in spec.items() if value is not None}
+    options = dict(spec)
     name = options.pop("name", None)
     base: Any = options.pop("base", None)
     if base is not None:
         known = mac(base)
         options = {**{key: getattr(known, key) for key in KEYS if key != "name"}, **options}
+    options = {key: value for key, value in options.items() if value is not None}
     unknown = [key for key in options if key not in KEYS]
     if unknown:
         raise ValueError(f"mac: unknown key {unknown[0]!r}{nearest(str(unknown[0]), KEYS)}; allowed: {', '.join(KEYS)}")

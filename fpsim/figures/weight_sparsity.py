@@ -54,7 +54,7 @@ class Plan(Section):
     @model_validator(mode="after")
     def _names_tell_runs_apart(self) -> Plan:
         cases = [(text.partition("=")[0], n.name) for case in self.cases for text in case.data for n in case.networks]
-        for names in (cases, [(_label(spec),) for spec in self.snr]):
+        for names in (cases, [(_label(spec),) for spec in self.snr], [(f"{one:g}",) for one in self.sparsities]):
             if twice := [name for number, name in enumerate(names) if name in names[:number]]:
                 raise ValueError(f"{' with '.join(twice[0])} is there twice: a run is named by that")
         return self
@@ -122,7 +122,7 @@ def _run(
     case: Labels, content: dict[str, Any], seed: int, method: str, pruning: dict[str, Any]
 ) -> tuple[Labels, Config]:
     name = "-".join((content["name"], *case.values(), method.replace("@", "-at-")))
-    emulation = {"weight_pruning": pruning}
+    emulation = {**(content["emulation"] or {}), "weight_pruning": pruning}
     return {**case, "method": method, "seed": seed}, parse_config(
         {**content, "name": name, "seed": seed, "emulation": emulation}
     )
@@ -130,8 +130,13 @@ def _run(
 
 def _label(spec: SnrPruning) -> str:
     """snr, and what the setting says otherwise than the default does: snr-either, snr-0.9."""
-    said = spec.model_dump(exclude_defaults=True).values()
-    return "-".join(["snr", *(str(value.popitem()[1] if isinstance(value, dict) else value) for value in said)])
+    parts = ["snr"]
+    for key, value in spec.model_dump(exclude_defaults=True).items():
+        if key in ("threshold", "agreement", "average", "estimator"):
+            parts.append(str(value.popitem()[1] if isinstance(value, dict) else value))
+        else:
+            parts.append(f"{key}-{value}")
+    return "-".join(parts)
 
 
 def _told(name: str, sparsity: float, epochs: int) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def draw_snr(canvas: Canvas, measured: Measured) -> None:
         axes[0, column].set_title(" ".join(case))
         for one in measured.results["over_time"]:
             if (one["data"], one["network"]) == case:
-                color = COLORS[settings.index(one["method"])]
+                color = COLORS[settings.index(one["method"]) % len(COLORS)]
                 axes[1, column].plot(one["epochs"], one["sparsity"], color=color, linewidth=1, alpha=0.8)
         axes[1, column].set(xlabel="epoch", ylim=(0, 1))
     axes[0, 0].set_ylabel("test accuracy at the end, %")
@@ -199,7 +204,7 @@ def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]], means: list[dict[str,
             continue
         found = at or kind
         style: dict[str, Any] = {
-            "color": COLORS[settings.index(found)] if found in settings else "black",
+            "color": COLORS[settings.index(found) % len(COLORS)] if found in settings else "black",
             "marker": MARKERS.get(kind, "o"),
             "markerfacecolor": "none" if at else None,
             "linestyle": "",

@@ -19,10 +19,13 @@ def sum_of_squares(module: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
 
     module: Linear (any dimensions between batch and features), Conv1d/2d, Embedding, or another layer whose output is a
     function of its weight and of one input; then `torch.func` differentiates it sample by sample. x: its input, dy: the
-    gradient at its output, both with the batch as dimension 0.
+    gradient at its output, both with the batch as dimension 0. Raises ValueError for an Embedding that scales gradients
+    by frequency: a sample's depends on the others.
     """
     with torch.no_grad():
         if isinstance(module, nn.Embedding):
+            if module.scale_grad_by_freq:
+                raise ValueError("an Embedding with scale_grad_by_freq has no gradient of a single sample")
             return _embedding(module, x, dy)
         if isinstance(module, nn.Linear):
             if x.ndim == 2:

@@ -128,6 +128,8 @@ class WeightPruner:
     def _is_due(self, step: int) -> bool:
         spec = self.spec
         if isinstance(spec, SnrPruning):
+            if max(average.steps for average in self._averages.values()) < (2 if spec.estimator == "ema" else 1):
+                return False
             every: Refresh = spec.burn_in if self._renewed_at is None else spec.interval or spec.burn_in
             if every == "epoch":
                 return self.epoch_is_new and step > 0
@@ -141,6 +143,8 @@ class WeightPruner:
         weights = {name: self._weight(name).detach() for name in self._layers}
         measured: dict[str, dict[str, Any]] = {}
         if isinstance(spec, SnrPruning):
+            if idle := [name for name, average in self._averages.items() if not average.steps]:
+                raise RunError(f"layer {idle[0]!r} had no gradient so far: exclude it from weight_pruning")
             snr, threshold = {name: self._averages[name].snr() for name in self._layers}, self.threshold
             masks = keep_by_snr(snr, weights, threshold, spec.scope, spec.agreement)
             measured = {

@@ -208,6 +208,10 @@ def test_blocks_along_any_axis_pieces_threads_and_layouts(name: str, rounding: s
 
 def test_ragged_blocks_are_short_padded_or_refused() -> None:
     x = torch.from_numpy(samples((3, 70), 0))
+    drawn = {"rounding": "stochastic", "seed": 3}
+    for options in ({}, {"element": "int8"}, {"element": "int16"}):
+        fmt = {"base": "mxfp4", "padding": "zeros", **options}
+        assert torch.equal(accel.decode(accel.encode(x, fmt, **drawn), fmt), accel.quantize(x, fmt, **drawn))
     short, padded = accel.encode(x, "mxfp4"), accel.encode(x, {"base": "mxfp4", "padding": "zeros"})
     assert (short.codes.shape, padded.codes.shape) == ((3, 70), (3, 96))
     assert torch.equal(short.scales, padded.scales)

@@ -77,7 +77,12 @@ def aligned(acc: float, pairs: list[tuple[float, float]], unit: accel.Mac) -> fl
     products = [product(a, b, unit)[0] for a, b in pairs]
     if not all(math.isfinite(x) for x in (acc, *products)):
         return acc + sum(float(x) for x in products)
-    powers = [power_of(a) * power_of(b) for a, b in pairs if a and b]  # type: ignore[operator]
+    finite = [math.isfinite(a) and math.isfinite(b) for a, b in pairs]
+    powers: list[Any] = [
+        power_of(a) * power_of(b) if is_finite else power_of(float(x))  # type: ignore[operator]
+        for (a, b), is_finite, x in zip(pairs, finite, products, strict=True)
+        if a and b
+    ]
     powers += [] if acc == 0 else [power_of(acc)]
     if not powers:
         return 0.0
@@ -183,6 +188,12 @@ UNITS: list[dict[str, Any]] = [
     {"accumulator": "e8m13", "terms": 32, "fraction_bits": 13, "rounding": "toward_zero"},
     {"accumulator": "fp32", "terms": 4, "fraction_bits": 24},
     {"accumulator": "fp32", "terms": 8, "fraction_bits": 3, "chunk": 16},
+    {"accumulator": "fp32", "terms": 4, "fraction_bits": 10, "product": "fp16", "overflow": "saturate"},
+    {"accumulator": "bf16", "rounding": "toward_zero", "overflow": "saturate"},
+    {"accumulator": "e6m9", "rounding": "toward_zero", "overflow": "saturate"},
+    {"accumulator": {"exponent_bits": 4, "mantissa_bits": 3, "bias": 15}},
+    {"accumulator": {"exponent_bits": 4, "mantissa_bits": 9, "bias": 18}, "overflow": "saturate"},
+    {"accumulator": {"exponent_bits": 8, "mantissa_bits": 3, "bias": 140}},
 ]
 
 
@@ -281,6 +292,22 @@ def test_operands_are_rounded_into_their_formats() -> None:
     unit = {"accumulator": "fp32", "a": "e4m3fn", "b": "e5m2"}
     expected = accel.matmul(accel.quantize(a, "e4m3fn"), accel.quantize(b, "e5m2"), "fp32")
     assert same(accel.matmul(a, b, unit), expected)
+
+
+def test_what_a_reader_found() -> None:
+    """Infinite operands that saturate, and formats that lie below 1 or below float32's normal numbers."""
+    saturated = {"accumulator": "bf16", "overflow": "saturate", "rounding": "toward_zero"}
+    a, b = torch.tensor([[math.inf, -1.0]]), torch.tensor([[1.0], [2.0**-30]])
+    assert float(accel.matmul(a, b, saturated)) == (2 - 2.0**-6) * 2.0**127
+    low = {"exponent_bits": 4, "mantissa_bits": 3, "bias": 15}
+    assert float(accel.matmul(torch.ones(1, 1), torch.full((1, 1), 0.5), {"accumulator": low})) == 0.5
+    tiny = {"exponent_bits": 8, "mantissa_bits": 3, "bias": 140}
+    a, b = torch.full((1, 2), 2.0**-64), torch.tensor([[1.5 * 2.0**-68], [1.5 * 2.0**-72]])
+    assert float(accel.matmul(a, b, {"accumulator": tiny})) == 13 * 2.0**-135
+    with pytest.raises(ValueError, match="mac 'int8': a holds a NaN"):
+        accel.matmul(torch.tensor([[math.nan, 1.0]]), torch.ones(2, 1), "int8")
+    assert accel.mac({"base": {"accumulator": "fp16", "chunk": 8}, "chunk": None}).chunk is None
+    assert accel.mac({"base": "hopper-fp8", "terms": 1, "fraction_bits": None}).terms == 1
 
 
 # --- stochastic sums ------------------------------------------------------------------------------------------------
@@ -400,7 +427,11 @@ def test_units_that_cannot_be(unit: Any, message: str) -> None:
     ("a", "b", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(4, 2), "a has 3 columns, b has 4 rows: K must be the same"),
-        (torch.zeros(3), torch.zeros(3, 2), "a must be a float32 tensor of two or more dimensions (got torch.float32, 1"),
+        (
+            torch.zeros(3),
+            torch.zeros(3, 2),
+            "a must be a float32 tensor of two or more dimensions (got torch.float32, 1",
+        ),
         (torch.zeros(2, 3), torch.zeros(3, 2).double(), "b must be a float32 tensor"),
         (torch.zeros(2, 2, 3), torch.zeros(3, 3, 2), "leading dimensions do not broadcast"),
     ],

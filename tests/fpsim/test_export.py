@@ -72,7 +72,9 @@ SPECS: list[dict[str, Any]] = [
     *({"format": "e4m3fn", "codec": codec} for codec in ("dense", "csr", "coo", "rle(4)", "bitmask2")),
     *({"format": fmt, "scale": "amax", "granularity": "channel", "codec": "csr"} for fmt in ("e4m3fn", "e2m1", "int8")),
     {"format": "e5m2", "scale": "power_of_two", "granularity": "channel", "rounding": "stochastic"},
+    *({"format": fmt, "scale": "amax", "granularity": "channel"} for fmt in ("fp32", "e8m22", "e8m21", "fp16")),
     *({"format": fmt, "codec": "bitmask"} for fmt in BLOCKS),
+    {"format": OWN_BLOCKS["padded"], "rounding": "stochastic"},
     {"format": "nvfp4", "rounding": "stochastic"},
     *({"format": fmt, "codec": codec} for fmt in OWN_BLOCKS.values() for codec in ("dense", "bitmask")),
 ]
@@ -94,7 +96,8 @@ def test_a_weight_comes_back_bit_for_bit_and_takes_what_the_ledger_counts(spec: 
     for name, weight in weights.items():
         parts = pack_weight(weight)
         assert same(unpack_weight(parts), seen[name])
-        assert parts.nbits == -(-weight.stored.nbits // 8) * 8  # a file has whole bytes
+        every_scale = 32 if ".scales" in parts.tensors and spec["format"] in ("fp32", "e8m22") else 0
+        assert parts.nbits == -(-weight.stored.nbits // 8) * 8 + every_scale  # a file has whole bytes
 
 
 def test_training_stores_what_is_exported() -> None:
@@ -191,6 +194,11 @@ def test_the_plain_state_dict_has_torchs_types(
         (["--format", "e4m3fn"], {"format": "e4m3fn", "scale": "amax"}),
         (["--format", "e5m2", "--codec", "csr", "--scale", "none"], {"format": "e5m2", "codec": "csr"}),
         (["--format", "mxfp4", "--codec", "bitmask"], {"format": "mxfp4", "codec": "bitmask"}),
+        (["--format", "fp6-e3m2-b6"], {"format": {"base": "e3m2", "bias": 6}, "scale": "amax"}),
+        (
+            ["--format", "int8", "--granularity", "channel"],
+            {"format": "int8", "scale": "amax", "granularity": "channel"},
+        ),
     ],
 )
 def test_a_format_for_weights_that_have_none(
@@ -212,6 +220,33 @@ def test_options_replace_what_the_run_says_but_not_its_overrides(
     assert code == 0
     found = [(row["format"], row["codec"]) for row in json.loads(out)["weights"]]
     assert found == [("e5m2", "bitmask")] * (len(found) - 1) + [("e3m2", "csr")]
+
+
+def test_scales_a_channel_can_give_way(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--format", "mxfp4", "--scale", "none", "--granularity", "tensor", "--json")
+    out, err, code = export(capsys, monkeypatch, runs / "mlp", "--output", tmp_path, *options)
+    assert (err, code) == ("", 0)
+    assert {row["format"] for row in json.loads(out)["weights"]} == {"mxfp4"}
+
+
+def test_zeros_of_either_sign_are_zeros(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, _, _ = export(capsys, monkeypatch, runs / "float32", "--output", tmp_path, "--format", "e2m1", "--json")
+    state = load_state(tmp_path / "packed.safetensors")
+    for row in json.loads(out)["weights"]:
+        assert row["zeros"] == int((state[row["weight"]] == 0).sum())
+
+
+def test_what_saturates_in_the_plain_file_is_what_saturates_in_the_run() -> None:
+    handle = emulated({"format": "fp16", "scale": 1e-7, "overflow": "ieee"})
+    weights = {f"{name}.weight": weight for name, weight in handle.encoded_weights().items()}
+    assert any(bool(weight.values.isinf().any()) for weight in weights.values())
+    plain = fpsim.export._plain(weights, {})  # type: ignore[attr-defined]
+    for key, weight in weights.items():
+        assert same(plain[key].float() * plain[f"{key}_scale"], weight.values)
 
 
 def test_the_table(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

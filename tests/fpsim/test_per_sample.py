@@ -49,6 +49,12 @@ def test_every_layer_sample_by_sample(layer: str, held: int, monkeypatch: pytest
     torch.testing.assert_close(sum_of_squares(module, x, dy), one_by_one(module, x, dy))
 
 
+def test_an_embedding_that_counts_over_the_batch_is_refused() -> None:
+    module = nn.Embedding(5, 3, scale_grad_by_freq=True)
+    with pytest.raises(ValueError, match="scale_grad_by_freq has no gradient of a single sample"):
+        sum_of_squares(module, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 3))
+
+
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_embedding_adds_up_what_a_sample_looks_up_twice(padding_idx: int | None) -> None:
     torch.manual_seed(0)

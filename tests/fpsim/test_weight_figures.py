@@ -113,6 +113,7 @@ def test_data_replace_those_of_the_first_case(
         (("tiny.yaml", "tinny.yaml"), "no such file, nor one of the experiments "),
         (("snr: [{}", "snr: [{beta: 2}"), "plan.yaml:4:14: snr.0.beta: must be < 1 (got 2)"),
         (("seeds: 2", "seeds: 0"), "plan.yaml:6:8: seeds: must be >= 1 (got 0)"),
+        (("[0.5, 0.9]", "[0.5, 0.5]"), "0.5 is there twice"),
         (("seeds: 2", "sedes: 2"), "plan.yaml:6:1: sedes: unknown key; did you mean 'seeds'?"),
         (("[8]", "[-8]"), "plan.yaml:3:75: cases.0.networks.0.hidden.0: must be >= 1 (got -8)"),
         (

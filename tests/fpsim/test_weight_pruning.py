@@ -64,6 +64,25 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+def test_ema_waits_for_two_steps() -> None:
+    model = nn.Sequential(linear())
+    handle = emulate(model, {"weight_pruning": {"name": "snr", "estimator": "ema", "burn_in": 1}})
+    steps(handle, model, 3, parts=1)
+    assert [row["step"] for row in pruner_of(handle).rows] == [2]
+
+
+def test_a_layer_without_gradients_is_named() -> None:
+    model = nn.Sequential(linear())
+    model.add_module("idle", nn.Linear(3, 3))
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    handle = emulate(model, {"weight_pruning": {"name": "snr", "burn_in": 1}})
+    for _ in range(2):
+        model(torch.randn(8, 4)).square().mean().backward()
+    handle.step()
+    with pytest.raises(RunError, match="layer 'idle' had no gradient so far: exclude it from weight_pruning"):
+        model(torch.randn(8, 4))
+
+
 # --- what layers see, and what weights learn ------------------------------------------------------------------------
 
 
