@@ -64,9 +64,9 @@ def export(
 
     fmt, codec, scale, granularity: of weights, instead of what the run's configuration says in emulation.weights; a
     layer whose weights it excludes or overrides keeps what it says of that one. scale: None is the run's, `amax` where
-    it has none. What is packed is read back and compared. Raises ConfigError for what is not a run, for weights that have no format,
-    and for options that do not go together; RunError for a run without a checkpoint or with a damaged one, and for a
-    weight that the codec cannot hold.
+    it has none. What is packed is read back and compared.
+    Raises ConfigError for what is not a run, for weights that have no format, and for options that do not go together;
+    RunError for a run without a checkpoint or with a damaged one, and for a weight that the codec cannot hold.
     """
     folder = find_run(run_dir)
     if not (folder / CONFIG_FILE).is_file():
