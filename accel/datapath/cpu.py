@@ -140,7 +140,7 @@ def aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-u
     for k in range(a.size):
         x = _product(a[k], b[k], has_product, product)
         both = power_below(np.float64(a[k])) * power_below(np.float64(b[k]))
-        both = both if both < np.inf else power_below(x)
+        both = both if both < np.inf else power_below(np.float64(x))
         power = both if both > power else power
         plain += x
     if power == 0 or not abs(plain) < np.inf:
