@@ -29,7 +29,7 @@ E4M3_ALPHA = accel.format({"exponent_bits": 4, "mantissa_bits": 3, "policy": "fn
 
 STOCHASTIC = {"base": "fp16-acc", "rounding": "stochastic"}
 PRODUCTS: list[tuple[str, Any, Case]] = [  # (what it takes, unit, operands), one for each kind of step
-    ("narrow", "fp16-acc", lambda x: accel.quantize(x.nan_to_num(0, 0, 0) / 4096, "e5m2")),
+    ("narrow", "fp16-acc", lambda x: accel.quantize(x.nan_to_num(0, 0, 0).clamp(-1, 1), "e5m2")),
     ("narrow, infinite", "fp16-acc", lambda x: accel.quantize(x, "e5m2", overflow="ieee")),
     ("narrow, saturated", {"base": "fp16-acc", "overflow": "saturate"}, lambda x: accel.quantize(x, "e5m2")),
     ("wide", "fp22", lambda x: accel.quantize(x.nan_to_num(0, 0, 0), "e4m3fn")),
