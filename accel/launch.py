@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, reduce
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -27,15 +28,22 @@ PIECE = 1 << 18  # a multiple of the kernels' chunk
 NO_KEY = Key(0, np.uint64(0), np.uint64(0), np.uint64(0))
 
 
+def loops_for(x: torch.Tensor, on_cpu: ModuleType, on_cuda: str) -> ModuleType:
+    """The one of two modules with loops of the same names that serves a tensor's device. on_cuda: the other's name.
+
+    RuntimeError where the device is a GPU and numba-cuda is not installed.
+    """
+    if x.device.type != "cuda":
+        return on_cpu
+    try:
+        return import_module(on_cuda)
+    except ImportError as error:
+        raise RuntimeError(f"tensors on a GPU need numba-cuda: pip install 'fpsim[cuda]' ({error})") from error
+
+
 def backend(x: torch.Tensor) -> ModuleType:
-    """The launchers for a tensor's device. RuntimeError where it is a GPU and numba-cuda is not installed."""
-    if x.device.type == "cuda":
-        try:
-            from accel.kernels import cuda
-        except ImportError as error:
-            raise RuntimeError(f"tensors on a GPU need numba-cuda: pip install 'fpsim[cuda]' ({error})") from error
-        return cuda
-    return cpu
+    """The launchers for a tensor's device (see `loops_for`)."""
+    return loops_for(x, cpu, "accel.kernels.cuda")
 
 
 @cache

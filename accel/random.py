@@ -16,7 +16,7 @@ import hashlib
 import numpy as np
 
 from accel.kernels.jit import scalar
-from accel.words import LOW_WORD, product
+from accel.words import LOW_WORD, WORD_BITS, product
 
 MULTIPLIER_0 = np.uint64(0xD2511F53)
 MULTIPLIER_1 = np.uint64(0xCD9E8D57)
@@ -77,3 +77,20 @@ def philox_rounds(c0, c1, c2, c3, keys):  # type: ignore[no-untyped-def]
 def philox4x32(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     """Ten rounds of Philox4x32 under a key of two words."""
     return philox_rounds(c0, c1, c2, c3, round_keys(k0, k1))
+
+
+@scalar
+def draw_four(call, stream, step, keys):  # type: ignore[no-untyped-def]
+    """The random words of the four elements that a call of the generator serves."""
+    number = np.uint64(call)
+    return philox_rounds(np.uint32(number), np.uint32(number >> WORD_BITS), np.uint32(stream), np.uint32(step), keys)
+
+
+@scalar
+def draw_one(number, stream, step, keys):  # type: ignore[no-untyped-def]
+    """The random word of one element."""
+    number = np.uint64(number)
+    call = (number >> np.uint64(6) << np.uint64(4)) + (number & np.uint64(15))
+    w0, w1, w2, w3 = draw_four(call, stream, step, keys)
+    low, high = (w1, w3) if number & np.uint64(16) else (w0, w2)
+    return high if number & np.uint64(32) else low

@@ -30,7 +30,7 @@ from accel.datapath.steps import (
 from accel.kernels import cpu
 from accel.kernels.arguments import Fields
 from accel.kernels.jit import Kernel, kernel, part, scalar
-from accel.random import philox4x32
+from accel.random import draw_one, round_keys
 from accel.rounding import Parameters, nearest_value, stochastic_value
 from accel.words import LOW_WORD, WORD_BITS, bits_of
 
@@ -118,16 +118,6 @@ def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[
 
 
 @scalar
-def _word_of(number, seed, stream, step):  # type: ignore[no-untyped-def]
-    """The random word of a number (see accel/random.py)."""
-    counter = np.uint64((number // 64) * 16 + number % 16)
-    k0, k1 = seed & LOW_WORD, seed >> WORD_BITS
-    w0, w1, w2, w3 = philox4x32(counter & LOW_WORD, counter >> WORD_BITS, stream & LOW_WORD, step & LOW_WORD, k0, k1)
-    lane = (number // 16) % 4
-    return np.uint32(w0 if lane == 0 else w1 if lane == 1 else w2 if lane == 2 else w3)
-
-
-@scalar
 def _product(a, b, has_product, product):  # type: ignore[no-untyped-def]
     x = np.float64(a) * np.float64(b)
     return nearest_value(x, UNDRAWN, product) if has_product else x
@@ -153,7 +143,7 @@ def aligned_sum(acc, a, b, fraction, has_product, product):  # type: ignore[no-u
     return np.float64(units) * quantum
 
 
-def element_of(left, right, chunk, terms, fraction, has_product, words, seed, stream, step, inner, outer, product):  # type: ignore[no-untyped-def]
+def element_of(left, right, chunk, terms, fraction, has_product, words, stream, step, keys, inner, outer, product):  # type: ignore[no-untyped-def]
     """One element of a product: of a row and a column. words: number of the random word of its first product."""
     length = left.size
     total, draw = 0.0, UNDRAWN
@@ -162,7 +152,7 @@ def element_of(left, right, chunk, terms, fraction, has_product, words, seed, st
         acc = 0.0
         for k in range(first, last, terms):
             if DRAWS:
-                draw = _word_of(words + k, seed, stream, step)
+                draw = draw_one(words + k, stream, step, keys)
             if terms == 1:
                 x = odd_sum(acc, _product(left[k], right[k], has_product, product))
             else:
@@ -173,7 +163,7 @@ def element_of(left, right, chunk, terms, fraction, has_product, words, seed, st
             total = acc
         else:
             if DRAWS:
-                draw = _word_of(OUTER_WORDS + words + first, seed, stream, step)
+                draw = draw_one(OUTER_WORDS + words + first, stream, step, keys)
             total = VALUE(odd_sum(total, acc), draw, outer)
     value = np.float32(total)
     return value if value == value else NAN
@@ -187,12 +177,12 @@ def _by_code(start, stop, a, b, out, chunk, terms, fraction, has_product, number
     """
     inner, outer = Parameters(*fields[:VALUE_FIELDS]), Parameters(*fields[VALUE_FIELDS:TWO_VALUES])
     product = Parameters(*fields[TWO_VALUES:THREE_VALUES])
-    columns = b.shape[0]
+    columns, keys = b.shape[0], round_keys(seed & LOW_WORD, seed >> WORD_BITS)
     for element in range(start, stop):
         row, column = element // columns, element % columns
         words = (number + element) * a.shape[1]
         out[row, column] = ELEMENT(
-            a[row], b[column], chunk, terms, fraction, has_product, words, seed, stream, step, inner, outer, product
+            a[row], b[column], chunk, terms, fraction, has_product, words, stream, step, keys, inner, outer, product
         )
 
 

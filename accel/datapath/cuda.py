@@ -20,7 +20,9 @@ from accel.datapath.steps import Grid
 from accel.kernels.arguments import Fields
 from accel.kernels.cuda_jit import THREADS, device, launch
 from accel.kernels.jit import renamed
+from accel.random import round_keys
 from accel.rounding import Parameters
+from accel.words import LOW_WORD, WORD_BITS
 
 TILE_COLUMNS, DEPTH, RESULTS = 16, 16, 4
 THREAD_ROWS = THREADS // TILE_COLUMNS
@@ -81,7 +83,8 @@ def _by_code(  # type: ignore[no-untyped-def]
         row, column = element // columns, element % columns
         words = (number + element) * a.shape[1]
         out[row, column] = ELEMENT(
-            a[row], b[column], chunk, terms, fraction, has_product, words, seed, stream, step,
+            a[row], b[column], chunk, terms, fraction, has_product, words, stream, step,
+            round_keys(seed & LOW_WORD, seed >> WORD_BITS),
             Parameters(*inner_fields), Parameters(*outer_fields), Parameters(*fields),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from accel import launch
 from accel.arguments import as_tensor, checked_words
 from accel.datapath import cpu
 from accel.datapath.cpu import Extent
@@ -67,14 +68,8 @@ def matmul(
 
 
 def backend(x: torch.Tensor) -> ModuleType:
-    """The loops for a tensor's device. RuntimeError where it is a GPU and numba-cuda is not installed."""
-    if x.device.type != "cuda":
-        return cpu
-    try:
-        import accel.datapath.cuda as cuda
-    except ImportError as error:
-        raise RuntimeError(f"tensors on a GPU need numba-cuda: pip install 'fpsim[cuda]' ({error})") from error
-    return cuda
+    """The loops for a tensor's device (see `launch.loops_for`)."""
+    return launch.loops_for(x, cpu, "accel.datapath.cuda")
 
 
 def _operand(x: AnyArray, name: str) -> torch.Tensor:
@@ -144,7 +139,7 @@ def _values(fmt: Format, rounding: str, unit: Mac) -> Fields:
 
 
 def _has_grid(fmt: Format) -> bool:
-    return fmt.subnormals and fmt.mantissa_bits > 0 and fmt.policy != "p3109"
+    return fmt.subnormals and fmt.mantissa_bits > 0
 
 
 def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:

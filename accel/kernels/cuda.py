@@ -33,10 +33,10 @@ from accel.kernels.cpu import (
     unchanged,
 )
 from accel.kernels.cuda_jit import SIMULATED, THREADS, device, launch
-from accel.kernels.jit import renamed, scalar
-from accel.random import philox_rounds, round_keys
+from accel.kernels.jit import renamed
+from accel.random import draw_four, draw_one, round_keys
 from accel.rounding import Parameters, prune_stochastic, value_of
-from accel.words import LOW_WORD, WORD_BITS, bits_of
+from accel.words import LOW_WORD, bits_of
 
 MAX_BLOCKS = 1 << 11  # of loops that are not cut into chunks
 SEGMENT = 16  # elements of a block of a block format among which one thread looks for the largest
@@ -149,23 +149,6 @@ def _store_four(out, lanes, values):  # type: ignore[no-untyped-def]
     store(out, j, b)  # noqa: F821
     store(out, k, c)  # noqa: F821
     store(out, m, d)  # noqa: F821
-
-
-@scalar
-def draw_four(call, stream, step, keys):  # type: ignore[no-untyped-def]
-    """The random words of the four elements that a call of the generator serves (see accel/random.py)."""
-    number = np.uint64(call)
-    return philox_rounds(np.uint32(number), np.uint32(number >> WORD_BITS), np.uint32(stream), np.uint32(step), keys)
-
-
-@scalar
-def draw_one(number, stream, step, keys):  # type: ignore[no-untyped-def]
-    """The random word of one element."""
-    number = np.uint64(number)
-    call = (number >> np.uint64(6) << np.uint64(4)) + (number & np.uint64(15))
-    w0, w1, w2, w3 = draw_four(call, stream, step, keys)
-    low, high = (w1, w3) if number & np.uint64(16) else (w0, w2)
-    return high if number & np.uint64(32) else low
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
