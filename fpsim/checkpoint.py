@@ -42,9 +42,9 @@ def save(
     partial.mkdir()
     entries = optimizer.state_dict()["state"]
     optimizer_tensors = {f"{i}.{key}": v for i, entry in entries.items() for key, v in entry.items() if v is not None}
-    save_file(_own(model.state_dict()), partial / MODEL_FILE)
-    save_file(_own({**optimizer_tensors, "torch_random_state": torch.get_rng_state()}), partial / OPTIMIZER_FILE)
-    save_file(_own(tensors), partial / EMULATOR_FILE)
+    save_file(own(model.state_dict()), partial / MODEL_FILE)
+    save_file(own({**optimizer_tensors, "torch_random_state": torch.get_rng_state()}), partial / OPTIMIZER_FILE)
+    save_file(own(tensors), partial / EMULATOR_FILE)
     write_json(partial / STATE_FILE, {"version": VERSION, "step": step, **state})
     write_text(partial / SUMS_FILE, _sums(partial))
     shutil.rmtree(final, ignore_errors=True)
@@ -111,7 +111,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
     return state, emulator_tensors
 
 
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, as safetensors wants them."""
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -29,7 +29,7 @@ from fpsim.emulation import EncodedWeight, emulate
 from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes, write_json
 from fpsim.packed_model import load_state, pack_weight, save_packed
-from fpsim.runner import CONFIG_FILE, find_run
+from fpsim.runner import CONFIG_FILE, run_folder
 from fpsim.training import build_optimizer
 
 PACKED_FILE, PLAIN_FILE, TABLE_FILE = "packed.safetensors", "plain.safetensors", "export.json"
@@ -68,9 +68,7 @@ def export(
     Raises ConfigError for what is not a run, for weights that have no format, and for options that do not go together;
     RunError for a run without a checkpoint or with a damaged one, and for a weight that the codec cannot hold.
     """
-    folder = find_run(run_dir)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
+    folder = run_folder(run_dir)
     given = {"format": fmt, "codec": codec, "scale": scale, "granularity": granularity}
     config = _with_weights(folder / CONFIG_FILE, {key: text for key, text in given.items() if text is not None})
     state, model, weights = _weights_of(config, folder)
@@ -138,7 +136,7 @@ def _check(path: Path, expected: dict[str, Tensor]) -> None:
 
 
 def _plain(weights: dict[str, EncodedWeight], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {key: tensor.detach().contiguous().clone() for key, tensor in others.items()}
+    found = checkpoint.own(others)
     for key, weight in weights.items():
         name = weight.fmt.name
         dtype = TORCH_DTYPES.get(name)

@@ -29,6 +29,7 @@ import accel
 import models
 from accel.operations import BlockCodes
 from accel.presets import to_mapping
+from fpsim.checkpoint import own
 from fpsim.emulation import EncodedWeight
 from fpsim.errors import RunError
 from fpsim.files import write_bytes
@@ -99,7 +100,7 @@ def save_packed(
     model: the name, options, input_shape and classes that `models.build` takes; None where something else builds it.
     """
     tensors = {f"{key}{suffix}": tensor for key, parts in weights.items() for suffix, tensor in parts.tensors.items()}
-    tensors |= {key: tensor.detach().contiguous().clone() for key, tensor in others.items()}
+    tensors |= own(others)
     descriptions = {key: parts.description for key, parts in weights.items()}
     about = {"version": VERSION, "model": model, "weights": descriptions}
     write_bytes(path, save(tensors, metadata={KEY: json.dumps(about)}))

@@ -102,9 +102,7 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
 
     Raises ConfigError for what is not a run directory, RunError for a run that fails or whose checkpoint is damaged.
     """
-    folder = find_run(run_dir)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
+    folder = run_folder(run_dir)
     try:
         threads = int(json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["threads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -122,6 +120,14 @@ def find_run(place: str | Path) -> Path:
     if not runs:
         raise ConfigError([Problem("", "holds neither a run nor runs", str(path))])
     return max(runs, key=lambda child: (child / CONFIG_FILE).stat().st_mtime_ns)
+
+
+def run_folder(place: str | Path) -> Path:
+    """The same, with a run's configuration in it. Raises ConfigError."""
+    folder = find_run(place)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError([Problem("", f"no {CONFIG_FILE} in it: not a run directory", str(folder))])
+    return folder
 
 
 class _Session:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from fpsim.config.schema import Section
@@ -43,6 +44,14 @@ class Figure:
     train_limit: int | None = None
     experiment: str | None = None
     plan: tuple[str, type[Section]] | None = None
+
+
+def draw_plain(axes: Axes, plain: dict[str, Any], label: str | None = None) -> None:
+    """The accuracy of the plain runs of `summaries`: a line, and a band of the deviation over seeds."""
+    axes.axhline(plain["accuracy_percent"], color="black", linewidth=1.2, label=label)
+    if plain["deviation"] is not None:
+        low, high = (plain["accuracy_percent"] + sign * plain["deviation"] for sign in (-1, 1))
+        axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
 
 
 def data_overrides(text: str) -> list[str]:

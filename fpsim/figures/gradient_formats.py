@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 
 from fpsim.config import Config, parse_config
-from fpsim.figures.figure import Figure, Measured
+from fpsim.figures.figure import Figure, Measured, draw_plain
 from fpsim.figures.runs import summaries, train_all
 from fpsim.report.plots import COLORS
 
@@ -67,10 +67,7 @@ def draw_formats(canvas: Canvas, measured: Measured) -> None:
     )  # fmt: skip
     axes = canvas.add_subplot()
     means = measured.results["formats"]
-    plain = next(one for one in means if one["method"] == PLAIN)
-    axes.axhline(plain["accuracy_percent"], color="black", linewidth=1.2)
-    low, high = (plain["accuracy_percent"] + sign * (plain["deviation"] or 0) for sign in (-1, 1))
-    axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+    draw_plain(axes, next(one for one in means if one["method"] == PLAIN))
     names = []
     for place, one in enumerate(one for one in means if one["method"] != PLAIN):
         color = COLORS[list(FIXED).index(one["bits"])]

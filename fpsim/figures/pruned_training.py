@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 
 from fpsim.config import Config, parse_config
-from fpsim.figures.figure import Figure, Measured
+from fpsim.figures.figure import Figure, Measured, draw_plain
 from fpsim.figures.runs import summaries, train_all
 from fpsim.report.plots import COLORS
 
@@ -68,10 +68,7 @@ def draw_fig5_left(canvas: Canvas, measured: Measured) -> None:
         axes = canvas.add_subplot(1, len(SEEDS), number + 1)
         means = [one for one in measured.results["networks"] if one["network"] == network]
         plain = next(one for one in means if one["method"] == NONE)
-        axes.axhline(plain["accuracy_percent"], color="black", linewidth=1.2, label=None if number else "no pruning")
-        if plain["deviation"] is not None:
-            low, high = (plain["accuracy_percent"] + sign * plain["deviation"] for sign in (-1, 1))
-            axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+        draw_plain(axes, plain, None if number else "no pruning")
         for method, color in zip(METHODS, COLORS, strict=False):
             runs = [row for row in measured.rows if (row["network"], row["method"]) == (network, method)]
             axes.plot(

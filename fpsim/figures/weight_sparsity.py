@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from fpsim.config import Config, load_config, parse_config
 from fpsim.config.schema import Fraction, Model, PositiveInt, Section, SnrPruning
-from fpsim.figures.figure import Figure, Measured, data_overrides
+from fpsim.figures.figure import Figure, Measured, data_overrides, draw_plain
 from fpsim.figures.runs import folder_of, summaries, train_all
 from fpsim.report.plots import COLORS
 from fpsim.report.results import Results, load_results
@@ -194,10 +194,7 @@ def draw_snr(canvas: Canvas, measured: Measured) -> None:
 
 def _draw_accuracy(axes: Axes, rows: list[dict[str, Any]], means: list[dict[str, Any]], settings: list[str]) -> None:
     """Of one case. A rival has the colour of the setting whose sparsity it has, black at one of its own."""
-    plain = next(one for one in means if one["method"] == DENSE)
-    axes.axhline(plain["accuracy_percent"], color="black", linewidth=1.2)
-    low, high = (plain["accuracy_percent"] + sign * (plain["deviation"] or 0) for sign in (-1, 1))
-    axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
+    draw_plain(axes, next(one for one in means if one["method"] == DENSE))
     for one in means:
         kind, _, at = one["method"].partition("@")
         if kind == DENSE:
