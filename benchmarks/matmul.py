@@ -8,12 +8,10 @@ from __future__ import annotations
 import accel  # before torch: see accel/kernels/openmp.py
 
 # isort: split
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Comparison, alternate, machine, print_lines, print_table, results_path, write_json
+from timing import Comparison, alternate, keep, machine, print_lines, print_table, selection
 
 SQUARES = {f"{n} x {n} x {n}": (n, n, n) for n in (512, 1024, 2048)}
 LAYERS = {  # im2col of ResNet18's convolutions on 8 images of 32x32: (N H W, C R S, K)
@@ -55,12 +53,7 @@ def measure(unit: Any, shape: tuple[int, int, int], repeats: int) -> Comparison:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=11, help="calls of each kind (default 11)")
-    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="only this one (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help=f"only {QUICK}")
-    parser.add_argument("--json", type=Path, help="where the figures go (of a whole run: results/)")
-    arguments = parser.parse_args()
+    arguments = selection(__doc__, "shape", list(SHAPES), QUICK, 11, "calls of each kind")
     description = machine()
     print_lines(description)
     document: dict[str, Any] = {"machine": description, "products": {}}
@@ -79,8 +72,7 @@ def main() -> None:
             "" if target is None else "yes" if speed >= target else "no",
         ])  # fmt: skip
 
-    shapes = arguments.shape or ([QUICK] if arguments.quick else list(SHAPES))
-    for shape_name in shapes:
+    for shape_name in arguments.chosen:
         for name, (unit, target) in UNITS.items():
             add(name, shape_name, SHAPES[shape_name], measure(unit, SHAPES[shape_name], arguments.repeats), target)
     slow_name = " x ".join(map(str, SLOW_SHAPE))
@@ -88,8 +80,7 @@ def main() -> None:
         add(name, slow_name, SLOW_SHAPE, measure(unit, SLOW_SHAPE, 3), None)
     columns = ["M x K x N", "datapath", "GMAC/s", "of torch.matmul", "target", "met"]
     print_table("Emulated matrix products, speed as a share of torch.matmul's in float32", columns, rows)
-    if arguments.json or len(shapes) == len(SHAPES):
-        write_json(arguments.json or results_path("matmul", description["processor"]), document)
+    keep(arguments, "matmul", document)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
 import numba
@@ -181,6 +183,30 @@ def results_path(benchmark: str, processor: object) -> Path:
     """Where a benchmark's figures go unless it is told otherwise: results/<benchmark>-<processor>.json."""
     name = re.sub(r"[^a-z0-9]+", "-", f"{benchmark} {processor}".lower()).strip("-")
     return RESULTS / f"{name}.json"
+
+
+def selection(
+    description: str | None, option: str, names: Sequence[str], quick: str, repeats: int, what: str
+) -> argparse.Namespace:
+    """The command line of a benchmark of several cases: `chosen` of the names, `repeats`, `json`, `is_whole`.
+
+    option: the case's name on the command line. quick: the case of --quick. what: is repeated.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"{what} (default {repeats})")
+    parser.add_argument(f"--{option}", dest="chosen", choices=names, action="append", help="only this (repeatable)")
+    parser.add_argument("--quick", action="store_true", help=f"only {quick!r}")
+    parser.add_argument("--json", type=Path, help="where the figures go (of a whole run: results/)")
+    arguments = parser.parse_args()
+    arguments.chosen = arguments.chosen or ([quick] if arguments.quick else list(names))
+    arguments.is_whole = len(arguments.chosen) == len(names)
+    return arguments
+
+
+def keep(arguments: argparse.Namespace, benchmark: str, document: Mapping[str, Any]) -> None:
+    """Write the figures where `selection` was told to, or those of a whole run to `results_path`."""
+    if arguments.json or arguments.is_whole:
+        write_json(arguments.json or results_path(benchmark, document["machine"]["processor"]), document)
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import accel  # before torch: see accel/kernels/openmp.py
 
 # isort: split
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Comparison, alternate, machine, print_lines, print_table, results_path, write_json
+from timing import Comparison, alternate, keep, machine, print_lines, print_table, selection
 from torch.nn import functional
 
 import fpsim.emulation
@@ -118,19 +116,14 @@ def watching(parts: dict[str, float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50, help="steps of each kind (default 50: one ledger sample)")
-    parser.add_argument("--case", choices=list(CASES), action="append", help="only this case (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help=f"only the case {QUICK_CASE!r}")
-    parser.add_argument("--json", type=Path, help="where the figures go (of a whole run: results/)")
-    arguments = parser.parse_args()
+    what = "steps of each kind; one ledger sample in 50"
+    arguments = selection(__doc__, "case", list(CASES), QUICK_CASE, 50, what)
     keep_freed_memory()  # for both, as `fpsim run` does for every run
     description = machine()
     print_lines(description)
     document: dict[str, Any] = {"machine": description, "cases": {}}
     rows, profiles, shares = [], [], []
-    cases = arguments.case or ([QUICK_CASE] if arguments.quick else list(CASES))
-    for name in cases:
+    for name in arguments.chosen:
         shape, width, batch, target = CASES[name]
         plain, emulated = (training_step(shape, width, batch, kind) for kind in (None, "fp8-training"))
         times = alternate({"emulated": emulated, "plain": plain}, arguments.repeats, warm_ups=3)
@@ -158,8 +151,7 @@ def main() -> None:
     print_table("Where the difference goes, mean ms a step", ["ResNet18", *PARTS, "everything else"], profiles)
     columns = ["ResNet18", "thresholds and statistics", "target", "met"]
     print_table("Share of the emulated step's time at the default schedule (with --repeats 50)", columns, shares)
-    if arguments.json or len(cases) == len(CASES):
-        write_json(arguments.json or results_path("training_step", description["processor"]), document)
+    keep(arguments, "training_step", document)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ from __future__ import annotations
 import accel  # noqa: F401  before torch: see accel/kernels/openmp.py
 
 # isort: split
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from timing import Comparison, alternate, machine, print_lines, print_table, results_path, write_json
+from timing import Comparison, alternate, keep, machine, print_lines, print_table, selection
 from torch.nn import functional
 
 import models
@@ -57,19 +55,14 @@ def training_step(network: str, parts: int, estimator: str | None, renewal: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=50, help="steps of each kind (default 50: one ledger sample)")
-    parser.add_argument("--network", choices=list(NETWORKS), action="append", help="only this one (may be repeated)")
-    parser.add_argument("--quick", action="store_true", help=f"only {QUICK!r}")
-    parser.add_argument("--json", type=Path, help="where the figures go (of a whole run: results/)")
-    arguments = parser.parse_args()
+    what = "steps of each kind; one ledger sample in 50"
+    arguments = selection(__doc__, "network", list(NETWORKS), QUICK, 50, what)
     keep_freed_memory()  # for both, as `fpsim run` does for every run
     description = machine()
     print_lines(description)
     document: dict[str, Any] = {"machine": description, "networks": {}}
     rows = []
-    networks = arguments.network or ([QUICK] if arguments.quick else list(NETWORKS))
-    for network in networks:
+    for network in arguments.chosen:
         for estimator, parts in ESTIMATORS.items():
             if estimator == "per_sample" and NETWORKS[network][0] == "resnet18":
                 continue  # batch normalisation mixes the samples
@@ -89,8 +82,7 @@ def main() -> None:
             ])  # fmt: skip
     columns = ["network", "estimator", "parts", "plain ms", "pruned ms", "medians", "means", "target", "met"]
     print_table("Training step with weights pruned by snr, over the plain step of the same parts", columns, rows)
-    if arguments.json or len(networks) == len(NETWORKS):
-        write_json(arguments.json or results_path("weight_pruning", description["processor"]), document)
+    keep(arguments, "weight_pruning", document)
 
 
 if __name__ == "__main__":
