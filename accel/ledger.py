@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ SCHEMES = ("encoded", "fp32", "bf16")
 DENSE_BITS = {"fp32": 32, "bf16": 16}
 ALWAYS_FLOAT32 = ("master", "optimizer_state")  # also on a bfloat16 machine
 PARTS = ("header", "offsets", "metadata", "payload")
+GRANULARITIES = (1, 4, 8, 16, 32)  # of the vectors of zeros that are counted
 COUNTED = tuple(name for name, codec in CODECS.items() if codec.is_counted)
 
 
@@ -151,11 +152,49 @@ class Record:
         return self.bits(scheme) if self.resident and scheme not in self.second_name_in else 0.0
 
 
-class Ledger:
-    """The records of the sampled steps of a run, in the order in which they were made."""
+class Effectual(NamedTuple):
+    """How many multiply-accumulates of a product have a nonzero first operand, second operand, both."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
-        self.records = list(records)
+    first: int
+    second: int
+    both: int
+
+
+@dataclass(frozen=True)
+class Product:
+    """The multiplications of one layer in one pass of one step: `groups` matrix products (rows, length) x (length,
+    columns).
+
+    Of a convolution, as if its input were unfolded: every tap counts, also those that meet the padding, whose operand
+    is a zero of X. dgrad is the product of dY and W before its results are added up at their places.
+
+    operands: the roles of the first and the second. effectual: by granularity, a number of GRANULARITIES: a vector of
+    so many neighbours along the channels (the input channels of a weight) is zero where all of them are, and counts as
+    nonzero as a whole otherwise.
+    """
+
+    step: int
+    micro_batch: int
+    layer: str
+    pass_name: str
+    operands: tuple[str, str]
+    rows: int
+    columns: int
+    length: int
+    groups: int
+    effectual: dict[int, Effectual]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, with zeros."""
+        return self.groups * self.rows * self.columns * self.length
+
+
+class Ledger:
+    """The records and products of the sampled steps of a run, in the order in which they were made."""
+
+    def __init__(self, records: Iterable[Record] = (), products: Iterable[Product] = ()) -> None:
+        self.records, self.products = list(records), list(products)
 
     def add(
         self,
@@ -239,11 +278,21 @@ class Ledger:
         """The records from number `first` on, as plain data (JSON)."""
         return [asdict(record) for record in self.records[first:]]
 
+    def products_to_data(self, first: int = 0) -> list[dict[str, Any]]:
+        """The products from number `first` on, as plain data (JSON)."""
+        return [asdict(product) for product in self.products[first:]]
+
     @classmethod
-    def from_data(cls, data: Iterable[Mapping[str, Any]]) -> Ledger:
-        """The ledger that `to_data` wrote."""
+    def from_data(cls, data: Iterable[Mapping[str, Any]], products: Iterable[Mapping[str, Any]] = ()) -> Ledger:
+        """The ledger that `to_data` and `products_to_data` wrote."""
         rows = ({**row, "stored": Stored(**row["stored"])} for row in data)
-        return cls(Record(**{**row, "second_name_in": tuple(row["second_name_in"])}) for row in rows)
+        records = (Record(**{**row, "second_name_in": tuple(row["second_name_in"])}) for row in rows)
+        return cls(records, map(_product_from, products))
+
+
+def _product_from(row: Mapping[str, Any]) -> Product:
+    effectual = {int(granularity): Effectual(*counts) for granularity, counts in row["effectual"].items()}
+    return Product(**{**row, "operands": tuple(row["operands"]), "effectual": effectual})
 
 
 def peak(records: Iterable[Record], scheme: str) -> dict[str, float]:
