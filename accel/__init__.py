@@ -20,7 +20,7 @@ from accel.codecs import (
     unpack,
     unpack_slice,
 )
-from accel.datapath import Mac, mac, macs, matmul
+from accel.datapath import Convolution, Mac, conv_dgrad, conv_forward, conv_wgrad, mac, macs, matmul
 from accel.formats import Format
 from accel.ledger import Ledger
 from accel.operations import (
@@ -44,6 +44,7 @@ __all__ = [
     "BlockCounts",
     "BlockFormat",
     "CodecError",
+    "Convolution",
     "Counts",
     "Footprint",
     "Format",
@@ -53,6 +54,9 @@ __all__ = [
     "Packed",
     "Point",
     "Recommendation",
+    "conv_dgrad",
+    "conv_forward",
+    "conv_wgrad",
     "count_blocks",
     "count_codes",
     "decode",

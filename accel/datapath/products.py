@@ -12,10 +12,10 @@ import torch
 
 from accel import launch
 from accel.arguments import as_tensor, checked_words
-from accel.datapath import cpu
+from accel.datapath import cpu, units
 from accel.datapath.cpu import Extent
 from accel.datapath.steps import Grid
-from accel.datapath.units import AnyMac, Mac, mac
+from accel.datapath.units import AnyMac, Mac
 from accel.formats import Format
 from accel.kernels.arguments import Fields
 from accel.operations import AnyArray, quantize
@@ -27,11 +27,11 @@ SHORT_32, SHORT_64 = 11, 25  # significant bits p with 2 p + 2 <= 24 and 53
 
 
 def matmul(
-    a: AnyArray, b: AnyArray, unit: AnyMac, *, seed: int = 0, stream: int = 0, step: int = 0, offset: int = 0
+    a: AnyArray, b: AnyArray, mac: AnyMac, *, seed: int = 0, stream: int = 0, step: int = 0, offset: int = 0
 ) -> Any:
-    """a b as the unit computes it: (..., M, K) times (..., K, N), leading dimensions broadcast.
+    """a b as the unit `mac` computes it: (..., M, K) times (..., K, N), leading dimensions broadcast.
 
-    a, b: float32 tensors or arrays on one device, in any strides. unit: a Mac, its name, or a mapping (see `mac`).
+    a, b: float32 tensors or arrays on one device, in any strides. mac: a Mac, its name, or a mapping (see `accel.mac`).
     Returns float32, values of the (outer) accumulator's format, NaN canonical; int32 for an accumulator "int32".
     seed, stream, step, offset: of the random words of stochastic sums, which depend on the element of the result
     (row-major number, plus offset) and on its place in K.
@@ -39,7 +39,7 @@ def matmul(
     could overflow. Floats are IEEE 754's: results are others under `torch.set_flush_denormal(True)`.
     """
     checked_words(seed, stream, step, offset)
-    described = mac(unit)
+    described = units.mac(mac)
     left, right = _operand(a, "a"), _operand(b, "b")
     if left.device != right.device:
         raise ValueError(f"a is on {left.device}, b on {right.device}")
