@@ -16,10 +16,10 @@ import math
 import warnings
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ import accel
 from accel.ledger import Ledger, Stored, stored_plain
 from accel.operations import BlockCodes
 from fpsim.config import parse_emulation
-from fpsim.config.schema import Emulation, GradientSpec, Pruning, TensorSpec
+from fpsim.config.schema import Datapath, Emulation, GradientSpec, Pruning, TensorSpec
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.gradients.adaptive import LayerFormat
 from fpsim.gradients.distribution import Distributions
@@ -47,9 +47,11 @@ from fpsim.layers import (
     layer_specs,
     matrix_layers,
     output_dim,
+    product_modules,
     pruned_layers,
     unsupported_layers,
 )
+from fpsim.products import AS_IT_IS, LayerCall, LayerProduct, ModuleCall, Operand, Products
 from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.saved import Kept, SavedTensors
 from fpsim.scales import largest_magnitude, sample, scale_of
@@ -88,6 +90,14 @@ class _Call:
     has_dgrad: bool
     has_wgrad: bool
     micro_batch: int | None
+
+
+class _Multiplied(NamedTuple):
+    """A product of a layer, with the masks of what is nonzero in its input and in its weight."""
+
+    product: LayerProduct
+    x: Tensor
+    w: Tensor
 
 
 def emulate(
@@ -167,6 +177,8 @@ class Emulator:
         self.distributions = Distributions()
         self._recorder = Recorder(model, self.layers, optimizer)
         self._saved = None if spec.saved_activations is None else SavedTensors(model, spec.saved_activations)
+        self._products = Products()
+        self._multiplies = bool(spec.products) or any(layer.datapath is not None for layer in self.specs.values())
         self._handles = [
             model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
             model.register_forward_hook(self._end_forward, always_call=True),
@@ -176,6 +188,8 @@ class Emulator:
                 self._attach(name, module)
             elif isinstance(module, NORMS):
                 self._handles.append(module.register_forward_pre_hook(self._norm_hook(name), with_kwargs=True))
+        for name, datapath in product_modules(model, spec).items():
+            self._attach_products(name, model.get_submodule(name), datapath)
         if any(layer != FLOAT32 for layer in self.specs.values()) and (others := unsupported_layers(model)):
             warnings.warn(f"layers that cannot be emulated stay float32: {', '.join(others)}", stacklevel=3)
 
@@ -252,6 +266,7 @@ class Emulator:
         """Begin the current step anew: its forward pass draws the same random words again, and counts again."""
         if self._saved is not None:
             self._saved.close()
+        self._products.close()
         self._recorder.restart_step()
         if self.weight_pruning is not None:
             self.weight_pruning.restart_step()
@@ -307,6 +322,7 @@ class Emulator:
         if self.weight_pruning is not None:
             self.weight_pruning.detach()
         self._recorder.close()
+        self._products.close()
         if self._saved is not None:
             self._saved.close()
 
@@ -355,6 +371,7 @@ class Emulator:
     def _attach(self, name: str, module: nn.Module) -> None:
         spec = self.specs[name]
         originals: list[nn.Parameter] = []
+        calls: list[LayerCall] = []
 
         def before(
             module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
@@ -372,6 +389,9 @@ class Emulator:
                 with _named(f"weight of layer {name!r}"):
                     w_stored = self._stored(rounded_weight, spec.weights, w_scale, input_dim(module))
                 self._recorder.layer(name, x, x_stored, weight, w_stored)
+            operands = _operand(spec.activations, x_scale), _operand(spec.weights, w_scale)
+            calls.append(LayerCall(rounded_weight, spec.datapath, self._words_of_passes(name), *operands))
+            self._products.running.append(calls[-1])
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
             if arguments:
@@ -379,9 +399,18 @@ class Emulator:
             return (), {**named, next(iter(named)): rounded_x}
 
         def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            if originals:
-                module._parameters["weight"] = originals.pop()
+            if not originals:
+                return  # the hook before has raised
+            module._parameters["weight"] = originals.pop()
+            products = calls.pop()
+            self._products.leave(products)
+            if output is not None and spec.datapath is not None and not products.products:
+                message = (
+                    "does not multiply its weight by a linear map or a convolution: its datapath cannot be emulated"
+                )
+                raise RunError(f"layer {name!r} ({type(module).__name__}) {message}")
             by_sample = self.weight_pruning if self._counts_samples(name) else None
+            multiplied = self._record_products(name, products) if self._recording and output is not None else []
             is_observed = self._trains and (spec.gradients is not None or self._recording or by_sample is not None)
             if output is None or not is_observed:  # None: the layer raised
                 return
@@ -400,7 +429,9 @@ class Emulator:
                 )
 
                 def arrived(dy: Tensor) -> Tensor:
-                    dy = self._gradient(name, spec.gradients, dy, call)
+                    dy, operand = self._gradient(name, spec.gradients, dy, call)
+                    products.arrived(operand)
+                    self._record_gradient_products(name, multiplied, dy, call)
                     if by_sample is not None:
                         by_sample.samples(name, x.detach(), dy)
                     return dy
@@ -409,6 +440,40 @@ class Emulator:
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _attach_products(self, name: str, module: nn.Module, datapath: Datapath) -> None:
+        calls: list[ModuleCall] = []
+
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            place = f"{name}/products{self._next_occurrence(f'{name}/products')}"
+            calls.append(ModuleCall(name, datapath, lambda number, which: self._words(f"{place}/{number}/{which}")))
+            self._products.running.append(calls[-1])
+            self._ran.add(f"{name}/products")
+
+        def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+            if calls:
+                self._products.leave(calls.pop())
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _words_of_passes(self, name: str) -> Callable[[str], Words]:
+        """The random words of a layer's products in its present call: of a pass."""
+        occurrence = self._occurrence_of(name)
+        return lambda which: self._words(f"{name}/{which}{occurrence}")
+
+    def _record_products(self, name: str, call: LayerCall) -> list[_Multiplied]:
+        found = [_Multiplied(one, one.samples(x) != 0, call.weight.detach() != 0) for one, x in call.products]
+        for one, x, w in found:
+            self._recorder.product(name, "forward", one.count("forward", x, w), self._recorder.micro_batch)
+        return found
+
+    def _record_gradient_products(self, name: str, found: list[_Multiplied], dy: Tensor, call: _Call) -> None:
+        for one, x, w in found:
+            mask = one.samples(dy) != 0
+            for which, is_made in (("dgrad", call.has_dgrad), ("wgrad", call.has_wgrad)):
+                if is_made and call.micro_batch is not None:
+                    self._recorder.product(name, which, one.count(which, x, w, mask), call.micro_batch)
 
     def _check_call(self, name: str, spec: LayerSpec, x: Any) -> None:
         if spec == FLOAT32:
@@ -455,6 +520,8 @@ class Emulator:
         self._ran_in_forward.clear()
         if self._recording:
             self._recorder.begin_forward()
+        if self._recording or self._multiplies:
+            self._products.begin_forward()
         if self._saved is not None:
             inputs = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
             self._saved.begin_forward(inputs, self._trains)
@@ -462,6 +529,7 @@ class Emulator:
     def _end_forward(self, model: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         if self._saved is not None:
             self._saved.end_forward()
+        self._products.end_forward()
         self._recorder.end_forward(output)
         self._rounded_inputs.clear()
 
@@ -569,14 +637,15 @@ class Emulator:
             self._largest_now[key] = max(self._largest_now.get(key, 0.0), amax)
         return max(before, default=0.0) or amax
 
-    def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> Tensor:
+    def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> tuple[Tensor, Operand]:
+        """dY as the hardware holds it."""
         if call.micro_batch == 0 and dy.numel():
             self.distributions.record(self.step_number, name, "dY", dy)
         if role is None or dy.numel() == 0:
             if call.micro_batch is not None:
                 plain = stored_plain(dy.numel())
                 self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
-            return dy
+            return dy, AS_IT_IS
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
             amax, drawn = self._finite_amax(dy, dim, name, "gradient"), sample(dy)
@@ -606,7 +675,7 @@ class Emulator:
             with _named(f"gradient of layer {name!r}"):
                 stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
-        return rounded
+        return rounded, Operand(fmt, scale, alpha, rounded.data_ptr())
 
     def _count_sparsity(self, pruning: LayerPruning, total: accel.Counts) -> None:
         pruning.record(total)
@@ -665,6 +734,10 @@ def _alpha_kept(spec: GradientSpec) -> str:
     if accel.find_codec(spec.codec).tags_alpha:
         return "streams"
     return "reserved" if isinstance(fmt, accel.Format) and fmt.alpha_codes else "snap"
+
+
+def _operand(spec: TensorSpec | None, scale: Scale) -> Operand:
+    return AS_IT_IS if spec is None else Operand(format_of(spec), scale)
 
 
 def _input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

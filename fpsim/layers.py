@@ -7,17 +7,20 @@ import fnmatch
 import re
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import accel
 from fpsim.config.schema import (
+    Datapath,
     DensePruning,
     Emulation,
     GradientSpec,
     SnrPruning,
     TensorSpec,
     WeightPruning,
+    mac,
     number_format,
 )
 
@@ -41,14 +44,20 @@ class PatternError(ValueError):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How the tensors of one matrix layer are represented; None is float32."""
+    """How the tensors of one matrix layer are represented, None is float32, and multiplied, None is by torch."""
 
     weights: TensorSpec | None
     activations: TensorSpec | None
     gradients: GradientSpec | None
+    datapath: Datapath | None
 
 
-FLOAT32 = LayerSpec(None, None, None)
+FLOAT32 = LayerSpec(None, None, None, None)
+OPERANDS = {
+    "forward": ("activations", "weights"),
+    "dgrad": ("gradients", "weights"),
+    "wgrad": ("activations", "gradients"),
+}
 
 
 def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -97,18 +106,74 @@ def matching(pattern: str, layers: dict[str, nn.Module]) -> set[str]:
 def layer_specs(model: nn.Module, emulation: Emulation) -> dict[str, LayerSpec]:
     """How every matrix layer of the model is represented, by name.
 
-    Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer.
+    Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer, and for a
+    datapath that cannot multiply what a layer's tensors are.
     """
     layers = matrix_layers(model)
     included = _chosen_by(emulation.include, "include", layers)
     excluded = _chosen_by(emulation.exclude, "exclude", layers)
-    general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients)
+    general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients, emulation.datapath)
     specs = {name: general if name in included - excluded else FLOAT32 for name in layers}
     for i, override in enumerate(emulation.overrides):
         for name in _chosen(override.match, f"overrides.{i}.match", layers):
             given = {role: getattr(override, role) for role in override.model_fields_set - {"match"}}
             specs[name] = LayerSpec(**{**vars(specs[name]), **given})
+    for name, spec in specs.items():
+        _check_datapath(name, layers[name], spec)
     return specs
+
+
+def _check_datapath(name: str, layer: nn.Module, spec: LayerSpec) -> None:
+    """Raises PatternError where the layer's products cannot be made by its units."""
+    for which, roles in OPERANDS.items():
+        unit_spec = None if spec.datapath is None else getattr(spec.datapath, which)
+        if unit_spec is None:
+            continue
+        unit, place = mac(unit_spec), f"datapath.{which}"
+        if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            raise PatternError(place, f"is for linear layers and convolutions (layer {name!r}: {type(layer).__name__})")
+        for role, operand in zip(roles, (unit.a, unit.b), strict=True):
+            tensor: TensorSpec | None = getattr(spec, role)
+            if tensor is None:
+                continue
+            sums_along_channels = (which, role) != ("forward", "weights")
+            if tensor.granularity == "channel" and sums_along_channels:
+                message = f"adds up products with the several scales of its {role}: their granularity must be 'tensor'"
+                raise PatternError(place, f"{message} (layer {name!r})")
+            fmt = format_of(tensor)
+            if operand is not None and not _holds(operand, fmt):
+                message = (
+                    f"the unit {unit.name!r} takes {operand.name}, its {role} are {fmt.name}, which it cannot hold"
+                )
+                raise PatternError(place, f"{message} (layer {name!r})")
+
+
+def _holds(wide: accel.Format, fmt: accel.Format | accel.BlockFormat) -> bool:
+    """Whether every number of fmt is one of `wide`."""
+    if not isinstance(fmt, accel.Format) or fmt == wide:
+        return fmt == wide
+    if fmt.bits > 16:
+        return False
+    values = accel.decode(torch.arange(1 << fmt.bits, dtype=torch.int32), fmt, alpha=0.0 if fmt.alpha_codes else None)
+    values = values[values.isfinite()]
+    return torch.equal(accel.quantize(values, wide), values)
+
+
+def product_modules(model: nn.Module, emulation: Emulation) -> dict[str, Datapath]:
+    """The modules whose products of two activations are emulated, by name.
+
+    Raises PatternError for a pattern of `products` that matches no module but matrix layers.
+    """
+    layers = matrix_layers(model)
+    modules = {name: module for name, module in model.named_modules() if name not in layers}
+    found: dict[str, Datapath] = {}
+    for i, products in enumerate(emulation.products):
+        names = matching(products.match, modules)
+        if not names:
+            message = f"pattern {products.match!r} matches no module that is not a matrix layer"
+            raise PatternError(f"products.{i}.match", message)
+        found |= dict.fromkeys(names, products.datapath)
+    return found
 
 
 def pruned_layers(model: nn.Module, spec: WeightPruning) -> dict[str, nn.Module]:

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import accel
-from accel.ledger import Ledger, Stored, stored_blocks, stored_encoded, stored_plain
+from accel.effectual import Counted
+from accel.ledger import Ledger, Product, Stored, stored_blocks, stored_encoded, stored_plain
 from accel.operations import with_padding
 from fpsim.config.schema import TensorSpec
 
 OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 mantissa bits has
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
+
+OPERANDS = {"forward": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("activation", "gradient")}
 
 Scale = float | Tensor | None
 _Place = tuple[int, torch.Size]  # of a tensor in memory
@@ -57,9 +60,9 @@ class Recorder:
         self.close()
         self.micro_batch = -1
         self._stored_weights.clear()
-        records = self.ledger.records
-        while records and records[-1].step == self.step:
-            records.pop()
+        for entries in (self.ledger.records, self.ledger.products):
+            while entries and entries[-1].step == self.step:
+                entries.pop()
 
     def close(self) -> None:
         """End every forward pass: those that an interrupt has cut off did not."""
@@ -121,6 +124,11 @@ class Recorder:
         add = partial(self.ledger.add, self.step, name, "gradient", micro_batch=micro_batch)
         add("dgrad", stored, reads=int(has_dgrad), writes=1, resident=True)
         add("wgrad", stored, reads=int(has_wgrad))
+
+    def product(self, name: str, pass_name: str, counted: Counted, micro_batch: int) -> None:
+        """A layer multiplies."""
+        product = Product(self.step, micro_batch, name, pass_name, OPERANDS[pass_name], *counted)
+        self.ledger.products.append(product)
 
     def addends(self, tensors: list[Tensor]) -> None:
         """Tensors that an addition or a concatenation brings in from memory."""

@@ -4,6 +4,7 @@ runs/<name>/<UTC time>-<config hash>/
     config.yaml      the resolved configuration        env.json      versions, machine, threads, commit
     metrics.jsonl    one line a step and an epoch       steps.csv, epochs.csv   the same as tables
     ledger.jsonl     what sampled steps stored and moved, tensor by tensor
+    products.jsonl   what sampled steps multiplied, layer by layer
     weights.jsonl    what every renewal of the weights' masks did
     gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.txt          what happened                      checkpoints/step-N/
@@ -60,8 +61,14 @@ from fpsim.training import (
 RESULTS_VERSION = 1
 CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
 METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE = "metrics.jsonl", "ledger.jsonl", "gradients.jsonl"
-WEIGHTS_FILE = "weights.jsonl"
-LINES = (METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE, WEIGHTS_FILE)  # files to which a run adds line by line
+WEIGHTS_FILE, PRODUCTS_FILE = "weights.jsonl", "products.jsonl"
+LINES = (
+    METRICS_FILE,
+    LEDGER_FILE,
+    PRODUCTS_FILE,
+    GRADIENTS_FILE,
+    WEIGHTS_FILE,
+)  # files to which a run adds line by line
 SAMPLES_FILE = "gradients.safetensors"
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
@@ -166,7 +173,7 @@ class _Session:
         self.started = time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.epoch_loss, self.epoch_correct = 0.0, 0
-        self.ledger_rows, self.gradient_rows, self.weight_rows = 0, 0, 0
+        self.ledger_rows, self.product_rows, self.gradient_rows, self.weight_rows = 0, 0, 0, 0
 
     def _emulate(self) -> Emulator:
         spec = self.config.emulation or Emulation(ledger=Ledger())
@@ -194,8 +201,10 @@ class _Session:
         """Write a checkpoint below `folder`, and what is new of the ledger and of the gradients' distributions."""
         ledger, distributions = self.emulator.ledger, self.emulator.distributions
         self.append(LEDGER_FILE, ledger.to_data(self.ledger_rows))
+        self.append(PRODUCTS_FILE, ledger.products_to_data(self.product_rows))
         self.append(GRADIENTS_FILE, distributions.rows[self.gradient_rows :])
-        self.ledger_rows, self.gradient_rows = len(ledger.records), len(distributions.rows)
+        self.ledger_rows, self.product_rows = len(ledger.records), len(ledger.products)
+        self.gradient_rows = len(distributions.rows)
         weight_pruning = self.emulator.weight_pruning
         if weight_pruning is not None:
             self.append(WEIGHTS_FILE, weight_pruning.rows[self.weight_rows :])
@@ -238,15 +247,24 @@ class _Session:
             for name, size in state["bytes"].items():
                 _truncate(self.folder / name, size)
             rows_of(self.folder / METRICS_FILE)
-            records = rows_of(self.folder / LEDGER_FILE)
-            self.emulator.ledger.records[:] = accel.Ledger.from_data(records).records
+            saved_ledger = ledger_of(self.folder)
+            self.emulator.ledger.records[:] = saved_ledger.records
+            self.emulator.ledger.products[:] = saved_ledger.products
             self.emulator.distributions.rows[:] = rows_of(self.folder / GRADIENTS_FILE)
             if self.emulator.weight_pruning is not None:
                 self.emulator.weight_pruning.rows[:] = rows_of(self.folder / WEIGHTS_FILE)
                 self.weight_rows = len(self.emulator.weight_pruning.rows)
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
             raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
-        self.ledger_rows, self.gradient_rows = len(records), len(self.emulator.distributions.rows)
+        self.ledger_rows, self.product_rows = len(saved_ledger.records), len(saved_ledger.products)
+        self.gradient_rows = len(self.emulator.distributions.rows)
+
+
+def ledger_of(run: Path) -> accel.Ledger:
+    """The ledger that a run has written so far; of a run of an earlier fpsim, without products. Raises RunError for a
+    damaged file."""
+    products = rows_of(run / PRODUCTS_FILE) if (run / PRODUCTS_FILE).is_file() else []
+    return accel.Ledger.from_data(rows_of(run / LEDGER_FILE), products)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

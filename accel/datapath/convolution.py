@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product as all_combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ from accel.datapath.units import AnyMac, Mac
 PIECE = 1 << 22  # elements of an unfolded operand that are held at once
 
 
-@dataclass(frozen=True)
-class Convolution:
+class Convolution(NamedTuple):
     """How a kernel moves: by `stride`, over `padding` zeros at both ends, with taps `dilation` apart, one number for
     each spatial dimension; none for a matrix product. groups: channels are multiplied group by group."""
 

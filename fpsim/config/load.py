@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 AnySection = TypeVar("AnySection", bound=Section)
 
 MAX_CHAIN = 16
+MAC_FORMATS = ("accumulator", "a", "b", "product", "outer")  # keys of a multiply-accumulate unit that are formats
 OVERRIDES = Position("<overrides>")
 
 # Keys that name files to build on; they are resolved away before validation.
@@ -230,7 +231,7 @@ def _with_accelerator(tree: Node) -> Node:
 
 def _with_formats(node: Node, path: KeyPath) -> Node:
     """Replaces the formats at and below `path` by what format files and their key `base` say of them."""
-    if path[-1] == "format":
+    if path[-1] == "format" or (path[-1] in MAC_FORMATS and "datapath" in path):
         return _with_format(node, path, ())
     if isinstance(node.value, list):
         return Node([_with_formats(item, (*path, i)) for i, item in enumerate(node.value)], node.at, node.key_at)

@@ -406,13 +406,13 @@ class FormatSpec(Section):
         return self
 
 
+def _scalar_kind(value: Any) -> str | None:
+    return None if _format_kind(value) == "BlockFormatSpec" else _format_kind(value)
+
+
 ScalarFormat = Annotated[
     Annotated[str, AfterValidator(_scalar_format), Tag("name")] | Annotated[FormatSpec, Tag("FormatSpec")],
-    Discriminator(
-        lambda value: None if _format_kind(value) == "BlockFormatSpec" else _format_kind(value),
-        "format",
-        "must be a scalar format: a name, a file or a mapping",
-    ),
+    Discriminator(_scalar_kind, "format", "must be a scalar format: a name, a file or a mapping"),
 ]
 
 
@@ -660,6 +660,102 @@ class GradientSpec(TensorSpec):
         return self
 
 
+def _accumulator(name: str) -> str:
+    return name if name == "int32" else _scalar_format(name)
+
+
+Accumulator = Annotated[
+    Annotated[str, AfterValidator(_accumulator), Tag("name")] | Annotated[FormatSpec, Tag("FormatSpec")],
+    Discriminator(_scalar_kind, "format", "must be int32 or a scalar format: a name, a file or a mapping"),
+]
+
+
+class MacSpec(Section):
+    """A multiply-accumulate unit: formats of its operands, products and sums, and their order (see `accel.mac`)."""
+
+    name: str | None = None
+    """Name in reports."""
+    base: str | None = None
+    """The unit that what is not said here is taken from: fp32, bf16-acc, fp16-acc, fp22, hopper-fp8 or int8."""
+    accumulator: Accumulator | None = None
+    """Format of the sums; int32 for operands int8: exact. Required without base."""
+    rounding: Literal["nearest_even", "toward_zero", "stochastic"] | None = None
+    """Rounding of a sum; null: that of base, else nearest_even."""
+    overflow: Literal["saturate", "ieee"] | None = None
+    """Sums beyond the largest: saturate to it, or as IEEE 754; null: that of base, else ieee."""
+    random_bits: int | None = Field(None, ge=1, le=32)
+    """Random bits that a stochastic sum draws; null: that of base, else 16."""
+    a: ScalarFormat | None = None
+    """Format of the first operand (activations; neural gradients in dgrad); null: that of base, else as it comes."""
+    b: ScalarFormat | None = None
+    """Format of the second operand (weights; neural gradients in wgrad); null: that of base, else as it comes."""
+    product: ScalarFormat | None = None
+    """Format that products are rounded into; null: that of base, else exact."""
+    terms: int | None = Field(None, ge=1, le=64)
+    """Products that are added at once, aligned to the largest of them; null: that of base, else 1."""
+    fraction_bits: int | None = Field(None, ge=1, le=40)
+    """With terms: bits below the largest exponent that alignment keeps."""
+    chunk: PositiveInt | None = None
+    """Products after which the sum is added to an outer accumulator; null: that of base, else none."""
+    outer: ScalarFormat | None = None
+    """Format of the outer accumulator; null: that of base, else the accumulator's."""
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> MacSpec:
+        if self.base is None and self.accumulator is None:
+            raise _error_at("accumulator", "is required where there is no base")
+        try:
+            mac(self)
+        except ValueError as error:
+            message = re.sub(r"^mac(?: '[^']*')?: ", "", str(error))
+            key = re.match(r"(?:unknown )?(\w+)", message)
+            raise _error_at(key[1] if key and key[1] in type(self).model_fields else "", message) from None
+        return self
+
+
+def _known_mac(name: str) -> str:
+    mac(name)
+    return name
+
+
+def _mac_kind(value: Any) -> str | None:
+    return "name" if isinstance(value, str) else "MacSpec" if isinstance(value, dict | MacSpec) else None
+
+
+Mac = Annotated[
+    Annotated[str, AfterValidator(_known_mac), Tag("name")] | Annotated[MacSpec, Tag("MacSpec")],
+    Discriminator(_mac_kind, "mac", "must be the name of a unit or a mapping"),
+]
+
+
+@cache
+def mac(spec: str | MacSpec) -> accel.Mac:
+    """The multiply-accumulate unit that is meant. Raises ValueError for one that cannot be."""
+    import accel
+
+    return accel.mac(spec if isinstance(spec, str) else spec.model_dump())
+
+
+class Datapath(Section):
+    """What multiplies and adds in the three products of a layer; null: torch, in float32."""
+
+    forward: Mac | None = None
+    """Activations by weights."""
+    dgrad: Mac | None = None
+    """Neural gradients by weights; of two activations, the gradient of the first."""
+    wgrad: Mac | None = None
+    """Activations by neural gradients; of two activations, the gradient of the second."""
+
+
+class Products(Section):
+    """Where the products of two activations are emulated, as those of attention are."""
+
+    match: LayerPattern
+    """The modules that multiply: a glob on module names, re:REGEX or type:CLASS."""
+    datapath: Datapath
+    """What multiplies and adds there."""
+
+
 class Override(Section):
     """Another treatment of some layers. A role that is left out keeps the general one; a role that is given replaces it
     as a whole, with the defaults for what it does not say; null is float32."""
@@ -672,6 +768,8 @@ class Override(Section):
     """Input activations of these layers; null for float32."""
     gradients: GradientSpec | None = None
     """Neural gradients of these layers; null for float32."""
+    datapath: Datapath | None = None
+    """What multiplies and adds in these layers; null for torch."""
 
     @model_serializer(mode="wrap")
     def _only_given_roles(self, handler: Any) -> dict[str, Any]:
@@ -840,8 +938,13 @@ class Emulation(Section):
     """Input activations of every layer; null for float32."""
     gradients: GradientSpec | None = None
     """Neural gradients (of the loss by a layer's output); null for float32."""
+    datapath: Datapath | None = None
+    """What multiplies and adds in the layers; null for torch."""
     overrides: list[Override] = []
     """Exceptions for some layers; later entries win."""
+    products: list[Products] = []
+    """Modules whose products of two activations (matmul, bmm, scaled_dot_product_attention) are emulated; later entries
+    win."""
     weight_pruning: WeightPruning | None = Field(default=None, discriminator="name")
     """Weights that are zero, in every matrix layer (include and exclude do not limit it); null: none."""
     saved_activations: SavedActivations | None = None

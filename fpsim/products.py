@@ -1,0 +1,355 @@
+"""Runs the products of a model on emulated multiply-accumulate units, forward and backward.
+
+While a layer runs, `Products` sees the linear map or convolution by which it multiplies its weight, and puts the
+emulated one in its place; in modules that the configuration names under `products`, matmul, bmm and
+scaled_dot_product_attention as well. The rest stays torch's: biases and the softmax of attention are float32.
+
+A unit sees the codes' own values of a tensor; the scales multiply the result, so they must not change along a sum (see
+`fpsim.layers`). A tensor in a block format comes with the scales of its blocks, one in float32 as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+import accel
+from accel import Convolution
+from accel.effectual import Counted, count_dgrad, count_forward, count_wgrad
+from accel.ledger import Effectual
+from fpsim.config.schema import Datapath, mac
+from fpsim.errors import RunError
+from fpsim.recorder import Scale
+
+CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+TRANSPOSED: dict[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
+MATMULS = ("matmul", "mm", "bmm")
+OTHER_PRODUCTS = ("einsum", "baddbmm", "addmm", "addbmm", "tensordot", "chain_matmul", "multi_dot", "__rmatmul__")
+
+Words = Any  # seed, stream and step of random words, by name
+WordsOf = Callable[[str], Words]  # of a pass
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How a rounded tensor lies on its format's grid. alpha: of a pruned gradient, off the grid or on it. place: of the
+    tensor in memory, where that tells it from others."""
+
+    fmt: accel.Format | accel.BlockFormat | None = None
+    scale: Scale = None
+    alpha: float = 0.0
+    place: int | None = None
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The values of the codes of x, without the scale."""
+        if self.scale is None or not isinstance(self.fmt, accel.Format):
+            return x
+        is_alpha = x.abs() == self.alpha if self.alpha else None
+        on_grid = x if is_alpha is None else x.masked_fill(is_alpha, 0.0)
+        values = accel.decode(accel.encode(on_grid, self.fmt, scale=self.scale), self.fmt)
+        return values if is_alpha is None else torch.where(is_alpha, x / self.scale, values)
+
+
+AS_IT_IS = Operand()
+
+
+@dataclass
+class LayerProduct:
+    """What a layer does with its weight in one call, in all three passes: y = x * w, for a transposed convolution
+    turned round. spatial: size of the side that the kernel moves over. gradient: of dY, once that has arrived."""
+
+    conv: Convolution
+    is_transposed: bool
+    spatial: tuple[int, ...]
+    datapath: Datapath
+    words: WordsOf
+    x: Operand
+    w: Operand
+    gradient: Operand = AS_IT_IS
+
+    def samples(self, x: Tensor) -> Tensor:
+        """x or dy as (N, channels, *spatial)."""
+        if not self.spatial:
+            return x.reshape(-1, x.shape[-1])
+        return x.unsqueeze(0) if x.ndim == len(self.spatial) + 1 else x
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        """x: samples."""
+        if self.datapath.forward is None:
+            return torch.ops.aten.convolution(x, w, None, *self._torch_arguments(x, w)) if self.spatial else x @ w.t()
+        multiply = self._widened if self.is_transposed else self._narrowed
+        y = multiply(self.x.codes(x), self.w.codes(w), mac(self.datapath.forward), self.words("forward"))
+        scale = self.w.scale
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            channels = scale.flatten().repeat(y.shape[1] // scale.numel())
+            scale = channels.view(-1, *[1] * (y.ndim - 2))
+        return _scaled(y, self.x.scale, scale)
+
+    def dgrad(self, dy: Tensor, operand: Operand, x: Tensor, w: Tensor) -> Tensor:
+        """The gradient by x, which is given for its shape."""
+        if self.datapath.dgrad is None:
+            return self._torch_gradients(dy, x, w, [True, False, False])[0] if self.spatial else dy @ w
+        multiply = self._narrowed if self.is_transposed else self._widened
+        dx = multiply(operand.codes(dy), self.w.codes(w), mac(self.datapath.dgrad), self.words("dgrad"))
+        return _scaled(dx, operand.scale, self.w.scale)
+
+    def wgrad(self, dy: Tensor, operand: Operand, x: Tensor, w: Tensor) -> Tensor:
+        """The gradient by w, which is given for its shape."""
+        if self.datapath.wgrad is None:
+            return self._torch_gradients(dy, x, w, [False, True, False])[1] if self.spatial else dy.t() @ x
+        unit, words = mac(self.datapath.wgrad), self.words("wgrad")
+        wide, narrow, kernel = self.x.codes(x), operand.codes(dy), tuple(w.shape[2:])
+        if self.is_transposed:
+            wide, narrow, unit = narrow, wide, replace(unit, a=unit.b, b=unit.a)
+        return _scaled(accel.conv_wgrad(wide, narrow, self.conv, kernel, unit, **words), operand.scale, self.x.scale)
+
+    def count(self, which: str, x: Tensor, w: Tensor, dy: Tensor | None = None) -> Counted:
+        """What a pass multiplies; all masks of nonzeros, x and dy samples."""
+        if which == "wgrad" and dy is not None:
+            kernel = tuple(w.shape[2:])
+            if not self.is_transposed:
+                return count_wgrad(x, dy, self.conv, kernel)
+            found = count_wgrad(dy, x, self.conv, kernel)
+            turned = {of: Effectual(one.second, one.first, one.both) for of, one in found.effectual.items()}
+            return found._replace(rows=found.columns, columns=found.rows, effectual=turned)
+        operand = x if dy is None else dy
+        count = count_forward if (which == "forward") != self.is_transposed else count_dgrad
+        return count(operand, w, self.conv)
+
+    def _narrowed(self, x: Tensor, w: Tensor, unit: accel.Mac, words: Words) -> Tensor:
+        return accel.conv_forward(x, w, self.conv, unit, **words)
+
+    def _widened(self, y: Tensor, w: Tensor, unit: accel.Mac, words: Words) -> Tensor:
+        return accel.conv_dgrad(y, w, self.conv, self.spatial, unit, **words)
+
+    def _torch_arguments(self, x: Tensor, w: Tensor) -> tuple[Any, ...]:
+        rest = [0] * len(self.spatial)
+        if self.is_transposed:
+            each = zip(self.spatial, x.shape[2:], w.shape[2:], *self.conv[:3], strict=True)
+            rest = [size - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for size, n, k, s, p, d in each]
+        return *self.conv[:3], self.is_transposed, rest, self.conv.groups
+
+    def _torch_gradients(self, dy: Tensor, x: Tensor, w: Tensor, needed: list[bool]) -> Any:
+        return torch.ops.aten.convolution_backward(dy, x, w, None, *self._torch_arguments(x, w), needed)
+
+
+def _scaled(result: Tensor, first: Scale, second: Scale) -> Tensor:
+    """An emulated result times the operands' scales: their product in float64, one float32 multiplication."""
+    result = result.to(torch.float32)
+    if first is None and second is None:
+        return result
+    one, other = (torch.as_tensor(1.0 if s is None else s, dtype=torch.float64) for s in (first, second))
+    return result * (one * other).to(device=result.device, dtype=torch.float32)
+
+
+class _LayerFunction(torch.autograd.Function):
+    """A LayerProduct as autograd knows it, on tensors with or without a batch dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, product: LayerProduct) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.product = product
+        samples = product.samples(x)
+        y = product.forward(samples, w)
+        return y.view(*x.shape[: x.ndim - len(samples.shape[1:])], *y.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x, w), product, dy = ctx.saved_tensors, ctx.product, gradients[0]
+        is_known = product.gradient.place == dy.data_ptr()  # not where the layer does more than multiply
+        given = product.samples(dy), product.gradient if is_known else AS_IT_IS, product.samples(x), w
+        dx = product.dgrad(*given).reshape(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, product.wgrad(*given) if ctx.needs_input_grad[1] else None, None
+
+
+class LayerCall:
+    """What a running layer's function calls go through. products: that it has made, with their inputs.
+
+    weight: what the layer multiplies by. x, w: of its input and of that. datapath: None where torch multiplies.
+    """
+
+    def __init__(self, weight: Tensor, datapath: Datapath | None, words: WordsOf, x: Operand, w: Operand) -> None:
+        self.weight, self.datapath, self.words, self.x, self.w = weight, datapath or Datapath(), words, x, w
+        self.products: list[tuple[LayerProduct, Tensor]] = []
+
+    def arrived(self, gradient: Operand) -> None:
+        """dY of the layer has arrived."""
+        for product, _ in self.products:
+            product.gradient = gradient
+
+    def __call__(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        spatial: tuple[int, ...] = ()
+        if func is functional.linear:
+            x, w, bias = _linear_arguments(*args, **named)
+            conv = Convolution()
+        elif func in CONVOLUTIONS:
+            x, w, bias, conv = _conv_arguments(CONVOLUTIONS[func], *args, **named)
+            spatial = tuple(x.shape[x.ndim - len(conv.stride) :])
+        elif func in TRANSPOSED:
+            x, w, bias, conv, spatial = _transposed_arguments(TRANSPOSED[func], *args, **named)
+        else:
+            return func(*args, **named)
+        if w is not self.weight:
+            return func(*args, **named)
+        product = LayerProduct(conv, func in TRANSPOSED, spatial, self.datapath, self.words, self.x, self.w)
+        self.products.append((product, x))
+        if self.datapath == Datapath():
+            return func(*args, **named)
+        y = _LayerFunction.apply(x, w, product)
+        return y if bias is None else y + bias.view(-1, *[1] * len(spatial))
+
+
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _conv_arguments(
+    dims: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Convolution]:  # fmt: skip
+    dilation = _each(dilation, dims)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        padding = [n // 2 for n in total]
+        if any(n % 2 for n in total):  # one more zero at the end, as torch has it
+            input = functional.pad(input, [end for n in reversed(total) for end in (0, n % 2)])
+    return input, weight, bias, Convolution(_each(stride, dims), _each(padding, dims), dilation, groups)
+
+
+def _transposed_arguments(
+    dims: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> tuple[Tensor, Tensor, Tensor | None, Convolution, tuple[int, ...]]:  # fmt: skip
+    conv = Convolution(_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
+    sizes = zip(input.shape[-dims:], weight.shape[2:], *conv[:3], _each(output_padding, dims), strict=True)
+    return input, weight, bias, conv, tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + o for n, k, s, p, d, o in sizes)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+# --- products of two activations ------------------------------------------------------------------------------------
+
+
+class _MatmulFunction(torch.autograd.Function):
+    """a b as autograd knows it; leading dimensions that were broadcast are summed in float32 by backward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, datapath: Datapath, words: WordsOf) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.datapath, ctx.words = datapath, words
+        return _multiplied(a, b, datapath.forward, words("forward"))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (a, b), dc, da, db = ctx.saved_tensors, gradients[0], None, None
+        if ctx.needs_input_grad[0]:
+            da = _multiplied(dc, b.mT, ctx.datapath.dgrad, ctx.words("dgrad")).sum_to_size(a.shape)
+        if ctx.needs_input_grad[1]:
+            db = _multiplied(a.mT, dc, ctx.datapath.wgrad, ctx.words("wgrad")).sum_to_size(b.shape)
+        return da, db, None, None
+
+
+def _multiplied(a: Tensor, b: Tensor, unit: Any, words: Words) -> Tensor:
+    return a @ b if unit is None else accel.matmul(a, b, mac(unit), **words).to(torch.float32)
+
+
+class ModuleCall:
+    """What the function calls of a running module go through whose products of activations are emulated.
+
+    words: of a product (its number in this call) and a pass. Raises RunError for products that cannot be.
+    """
+
+    def __init__(self, name: str, datapath: Datapath, words: Callable[[int, str], Words]) -> None:
+        self.name, self.datapath, self.words = name, datapath, words
+        self.made = 0
+
+    def __call__(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return self._attention(*args, **named)
+        called = getattr(func, "__name__", "")
+        if called in OTHER_PRODUCTS:
+            raise RunError(f"module {self.name!r} multiplies by {called}, which cannot be emulated: use matmul")
+        return self.matmul(*args, **named) if called in MATMULS else func(*args, **named)
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """a b as `torch.matmul` has it."""
+        for x in (a, b):
+            if x.dtype != torch.float32:
+                raise RunError(f"module {self.name!r} multiplies {x.dtype}: emulation works on float32 tensors")
+        number = self.made
+        self.made += 1
+        left, right = a.unsqueeze(0) if a.ndim == 1 else a, b.unsqueeze(1) if b.ndim == 1 else b
+        c = _MatmulFunction.apply(left, right, self.datapath, lambda which: self.words(number, which))
+        c = c.squeeze(-1) if b.ndim == 1 else c
+        return c.squeeze(-2 if b.ndim > 1 else -1) if a.ndim == 1 else c
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """softmax(query key^T * scale + mask) value, with two emulated products."""
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        scores = self.matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            scores = scores + attn_mask
+        weights = functional.dropout(scores.softmax(-1), dropout_p)
+        return self.matmul(weights, value)
+
+
+# --- the mode -------------------------------------------------------------------------------------------------------
+
+
+class Products(TorchFunctionMode):
+    """Sends the function calls of a model's forward pass through the innermost call of `running`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[LayerCall | ModuleCall] = []
+        self._depth = 0
+
+    def begin_forward(self) -> None:
+        """A forward pass begins, perhaps inside another one."""
+        self._depth += 1
+        if self._depth == 1:
+            self.__enter__()
+
+    def end_forward(self) -> None:
+        """A forward pass has ended, or failed; without effect where none had begun."""
+        if self._depth:
+            self._depth -= 1
+            if not self._depth:
+                self.running.clear()
+                self.__exit__(None, None, None)
+
+    def leave(self, call: LayerCall | ModuleCall) -> None:
+        """A call has ended, and those within it that were cut off; without effect where the forward pass was."""
+        if call in self.running:
+            del self.running[self.running.index(call) :]
+
+    def close(self) -> None:
+        """End every forward pass: those that an interrupt has cut off did not."""
+        while self._depth:
+            self.end_forward()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        return self.running[-1](func, args, named) if self.running else func(*args, **named)
