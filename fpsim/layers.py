@@ -49,10 +49,10 @@ class LayerSpec:
     weights: TensorSpec | None
     activations: TensorSpec | None
     gradients: GradientSpec | None
-    datapath: Datapath | None
+    datapath: Datapath | None = None
 
 
-FLOAT32 = LayerSpec(None, None, None, None)
+FLOAT32 = LayerSpec(None, None, None)
 OPERANDS = {
     "forward": ("activations", "weights"),
     "dgrad": ("gradients", "weights"),
