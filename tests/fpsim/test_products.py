@@ -296,6 +296,50 @@ def test_of_a_transposed_convolution() -> None:
     assert wgrad.columns == 3 * 9
 
 
+@pytest.mark.parametrize("products", [[], [{"match": "type:CausalSelfAttention", "datapath": ALL_FP32}]])
+def test_attention_is_counted(products: list[Any]) -> None:
+    model = models.build("gpt", input_shape=(16,), classes=11, layers=2, heads=2, width=16)
+    text = torch.randint(0, 11, (4, 16), generator=torch.Generator().manual_seed(0))
+    handle = emulate(model, {"products": products})
+    model(text).square().mean().backward()
+    found = [one for one in handle.ledger.products if one.layer == "blocks.1.attention"]
+    assert sum(one.macs for one in found) == 6 * 4 * 2 * 16 * 16 * 8
+    passes = [(one.pass_name, one.operands, one.rows, one.columns, one.length, one.groups) for one in found]
+    assert passes == [
+        ("forward", ("activation", "activation"), 16, 16, 8, 8),
+        ("forward", ("activation", "activation"), 16, 8, 16, 8),
+        ("dgrad", ("gradient", "activation"), 16, 16, 8, 8),
+        ("wgrad", ("activation", "gradient"), 16, 8, 16, 8),
+        ("dgrad", ("gradient", "activation"), 16, 8, 16, 8),
+        ("wgrad", ("activation", "gradient"), 8, 16, 16, 8),
+    ]
+    causal = 8 * 8 * 16 * 17 // 2  # half of the attention weights are zero, and of their gradient
+    scores = causal - (64 if products else 0)  # emulated: the gradient of a weight that has no other beside it is zero
+    assert [one.effectual[1].both for one in found] == [16384, causal, 16384, causal, scores, scores]
+    assert found[1].effectual[1].first == causal
+    assert found[1].effectual[16].first == 16384
+    assert found[1].effectual[4].first == 8 * 8 * 4 * (4 + 8 + 12 + 16)
+
+
+def test_products_of_a_module_are_counted_from_its_tensors() -> None:
+    class Model(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a @ b
+
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 1, 4, 5, generator=generator).relu().requires_grad_()
+    b = torch.randn(2, 5, 6, generator=generator).relu().requires_grad_()
+    model = Model()
+    handle = emulate(model, {"include": []})
+    c = model(a, b)
+    dc = torch.randn(c.shape, generator=generator).relu()
+    c.backward(dc)
+    x, y, z = ((one != 0).double() for one in (a, b, dc))
+    both = [int(product.sum()) for product in (x @ y, z @ y.mT, x.mT @ z)]
+    assert [one.effectual[1].both for one in handle.ledger.products] == both
+    assert [one.macs for one in handle.ledger.products] == [6 * 4 * 5 * 6] * 3
+
+
 def test_micro_batches_and_steps_are_told_apart() -> None:
     model = nn.Linear(3, 2)
     handle = emulate(model, {"ledger": {"every_steps": 2}})
