@@ -14,6 +14,7 @@ SCRIPTS = {
     "elementwise": (["--quick"], ["--cold"]),
     "packing": (["--quick"], []),
     "matmul": (["--quick"], []),
+    "datapath": (["--quick"], []),
     "training_step": (["--quick"], []),
     "weight_pruning": (["--quick"], []),
     "saved_activations": (["--quick"], []),

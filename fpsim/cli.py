@@ -305,7 +305,7 @@ def reproduce(
         typer.Argument(
             metavar="FIGURE",
             help="As the source numbers it: fig2, fig3a, fig3b, fig3c, fig4, fig5-left, fig5-right, table1; also "
-            "gradient-formats, and snr of the second source.",
+            "gradient-formats, and snr of the second source; accumulators of neither.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the numbers and the picture.")] = Path("figures"),
@@ -314,8 +314,8 @@ def reproduce(
         typer.Option(
             metavar="NAME[=FOLDER]",
             help="What to train on, such as fashion_mnist=FOLDER, for fig2, fig4, fig5-left, fig5-right, table1, "
-            "gradient-formats and snr (its images); else mnist5k, which VGG16 cannot take, or what the experiment "
-            "says. May be repeated for table1 and snr.",
+            "gradient-formats, accumulators and snr (its images); else mnist5k, which VGG16 cannot take, or what the "
+            "experiment says. May be repeated for table1 and snr.",
         ),
     ] = None,
     seed: Annotated[
@@ -324,8 +324,8 @@ def reproduce(
     config: Annotated[
         str | None,
         typer.Option(
-            help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left. snr: another plan "
-            "of configs/figures, such as snr_full; else snr."
+            help="fig5-left, gradient-formats: another experiment, by name or file; else fig5_left. snr, accumulators: "
+            "another plan of configs/figures, such as snr_full; else that of the name."
         ),
     ] = None,
 ) -> None:

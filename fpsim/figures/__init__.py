@@ -17,6 +17,7 @@ from fpsim.config import load_config, load_section
 from fpsim.data import Dataset, load
 from fpsim.errors import ConfigError, Problem
 from fpsim.figures import (
+    accumulators,
     achieved_sparsity,
     float_choice,
     gradient_formats,
@@ -28,7 +29,15 @@ from fpsim.figures.figure import Figure, Measured, data_overrides
 from fpsim.files import write_bytes, write_json, write_text
 from fpsim.report.plots import STYLE
 
-MODULES = (float_choice, neural_gradients, achieved_sparsity, pruned_training, gradient_formats, weight_sparsity)
+MODULES = (
+    float_choice,
+    neural_gradients,
+    achieved_sparsity,
+    pruned_training,
+    gradient_formats,
+    weight_sparsity,
+    accumulators,
+)
 FIGURES: dict[str, Figure] = {figure.name: figure for module in MODULES for figure in module.FIGURES}
 
 __all__ = ["FIGURES", "Figure", "Measured", "reproduce"]

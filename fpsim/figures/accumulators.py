@@ -54,8 +54,7 @@ class Plan(Section):
 
 
 def measure_accumulators(plan: Plan, runs: Path) -> Measured:
-    """Rows: one a run (see `train_all`). Results: of each unit and its passes, over the seeds; a run that did not stay
-    finite has the accuracy of guessing."""
+    """Rows: one a run (see `train_all`). Results: of each unit and its passes, over the seeds."""
     rows, data = train_all(_wanted(plan), runs)
     return Measured(
         rows,
