@@ -180,7 +180,8 @@ class Machine(_Section):
         if inner[0].size_bytes < needed:
             message = (
                 f"must be >= {needed / KIB:g}: twice, for double buffering, a tile of {self.array.rows} x "
-                f"{self.array.columns} of each operand at the widest precision and of the sums (got {inner[0].size_kib:g})"
+                f"{self.array.columns} of each operand at the widest precision and of the sums (got "
+                f"{inner[0].size_kib:g})"
             )
             raise _error_at("levels.0.size_kib", message)
         return self
