@@ -52,6 +52,26 @@ def count_wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...]
     return Counted(inputs, y.shape[1] // conv.groups, places, conv.groups, effectual)
 
 
+def count_matmul(a: Tensor, b: Tensor) -> Counted:
+    """Products of a (..., M, K) and b (..., K, N), both masks, leading dimensions broadcast; vectors are neighbours in
+    memory, as far as one of the two last dimensions is."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    effectual = {}
+    for of in GRANULARITIES:
+        first, second = (_coarse_in_memory(x, of).expand(*batch, *x.shape[-2:]) for x in (a, b))
+        by_k = first.sum(-2) * second.sum(-1)
+        zeros_of_neither = int(first.sum()) * b.shape[-1], int(second.sum()) * a.shape[-2]
+        effectual[of] = Effectual(*zeros_of_neither, int(by_k.sum()))
+    return Counted(a.shape[-2], b.shape[-1], a.shape[-1], math.prod(batch), effectual)
+
+
+def _coarse_in_memory(mask: Tensor, granularity: int) -> Tensor:
+    is_transposed = mask.stride(-2) == 1 and mask.shape[-1] > 1
+    rows = mask.mT if is_transposed else mask
+    coarse = _coarse(rows.reshape(-1, rows.shape[-1]), granularity).view(rows.shape)
+    return coarse.mT if is_transposed else coarse
+
+
 def _coarse(mask: Tensor, granularity: int) -> Tensor:
     """mask (N, C, ...) with its vectors along C as a whole."""
     if granularity == 1:

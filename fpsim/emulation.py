@@ -19,6 +19,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import accel
+from accel.effectual import count_matmul
 from accel.ledger import Ledger, Stored, stored_plain
 from accel.operations import BlockCodes
 from fpsim.config import parse_emulation
@@ -57,6 +59,8 @@ from fpsim.saved import Kept, SavedTensors
 from fpsim.scales import largest_magnitude, sample, scale_of
 from fpsim.weights.pruner import WeightPruner
 
+OPERANDS = {"forward": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("activation", "gradient")}
+OPERANDS_OF_ACTIVATIONS = {**OPERANDS, "forward": ("activation", "activation"), "dgrad": ("gradient", "activation")}
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -441,14 +445,17 @@ class Emulator:
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
-    def _attach_products(self, name: str, module: nn.Module, datapath: Datapath) -> None:
+    def _attach_products(self, name: str, module: nn.Module, datapath: Datapath | None) -> None:
         calls: list[ModuleCall] = []
 
         def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if datapath is None and not self._recording:
+                return
             place = f"{name}/products{self._next_occurrence(f'{name}/products')}"
-            calls.append(ModuleCall(name, datapath, lambda number, which: self._words(f"{place}/{number}/{which}")))
+            count = partial(self._count_product, name, self._recorder.micro_batch) if self._recording else None
+            words = lambda number, which: self._words(f"{place}/{number}/{which}")  # noqa: E731
+            calls.append(ModuleCall(name, datapath, words, count))
             self._products.running.append(calls[-1])
-            self._ran.add(f"{name}/products")
 
         def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if calls:
@@ -456,6 +463,10 @@ class Emulator:
 
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _count_product(self, name: str, micro_batch: int, which: str, first: Tensor, second: Tensor) -> None:
+        counted = count_matmul(first, second)
+        self._recorder.product(name, which, OPERANDS_OF_ACTIVATIONS[which], counted, micro_batch)
 
     def _words_of_passes(self, name: str) -> Callable[[str], Words]:
         """The random words of a layer's products in its present call: of a pass."""
@@ -465,7 +476,8 @@ class Emulator:
     def _record_products(self, name: str, call: LayerCall) -> list[_Multiplied]:
         found = [_Multiplied(one, one.samples(x) != 0, call.weight.detach() != 0) for one, x in call.products]
         for one, x, w in found:
-            self._recorder.product(name, "forward", one.count("forward", x, w), self._recorder.micro_batch)
+            counted = one.count("forward", x, w)
+            self._recorder.product(name, "forward", OPERANDS["forward"], counted, self._recorder.micro_batch)
         return found
 
     def _record_gradient_products(self, name: str, found: list[_Multiplied], dy: Tensor, call: _Call) -> None:
@@ -473,7 +485,8 @@ class Emulator:
             mask = one.samples(dy) != 0
             for which, is_made in (("dgrad", call.has_dgrad), ("wgrad", call.has_wgrad)):
                 if is_made and call.micro_batch is not None:
-                    self._recorder.product(name, which, one.count(which, x, w, mask), call.micro_batch)
+                    counted = one.count(which, x, w, mask)
+                    self._recorder.product(name, which, OPERANDS[which], counted, call.micro_batch)
 
     def _check_call(self, name: str, spec: LayerSpec, x: Any) -> None:
         if spec == FLOAT32:

@@ -49,10 +49,10 @@ class LayerSpec:
     weights: TensorSpec | None
     activations: TensorSpec | None
     gradients: GradientSpec | None
-    datapath: Datapath | None
+    datapath: Datapath | None = None
 
 
-FLOAT32 = LayerSpec(None, None, None, None)
+FLOAT32 = LayerSpec(None, None, None)
 OPERANDS = {
     "forward": ("activations", "weights"),
     "dgrad": ("gradients", "weights"),
@@ -159,14 +159,16 @@ def _holds(wide: accel.Format, fmt: accel.Format | accel.BlockFormat) -> bool:
     return torch.equal(accel.quantize(values, wide), values)
 
 
-def product_modules(model: nn.Module, emulation: Emulation) -> dict[str, Datapath]:
-    """The modules whose products of two activations are emulated, by name.
+def product_modules(model: nn.Module, emulation: Emulation) -> dict[str, Datapath | None]:
+    """The modules that may multiply activations, by name, and what multiplies there; None is torch.
 
+    Those that `products` names, and all of other classes than torch.nn's.
     Raises PatternError for a pattern of `products` that matches no module but matrix layers.
     """
     layers = matrix_layers(model)
     modules = {name: module for name, module in model.named_modules() if name not in layers}
-    found: dict[str, Datapath] = {}
+    own = (name for name, module in modules.items() if not type(module).__module__.startswith("torch.nn."))
+    found: dict[str, Datapath | None] = dict.fromkeys(own)
     for i, products in enumerate(emulation.products):
         names = matching(products.match, modules)
         if not names:

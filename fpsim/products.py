@@ -268,32 +268,50 @@ def _multiplied(a: Tensor, b: Tensor, unit: Any, words: Words) -> Tensor:
 
 
 class ModuleCall:
-    """What the function calls of a running module go through whose products of activations are emulated.
+    """What the function calls of a running module go through, for its products of activations.
 
-    words: of a product (its number in this call) and a pass. Raises RunError for products that cannot be.
+    datapath: None where torch multiplies. words: of a product (its number in this call) and a pass. count: takes the
+    pass and the masks of nonzeros of both operands of each product; None where nothing is counted. Raises RunError for
+    products that cannot be emulated.
     """
 
-    def __init__(self, name: str, datapath: Datapath, words: Callable[[int, str], Words]) -> None:
-        self.name, self.datapath, self.words = name, datapath, words
+    def __init__(
+        self,
+        name: str,
+        datapath: Datapath | None,
+        words: Callable[[int, str], Words],
+        count: Callable[[str, Tensor, Tensor], None] | None,
+    ) -> None:
+        self.name, self.datapath, self.words, self.count = name, datapath, words, count
         self.made = 0
 
     def __call__(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **named)
         called = getattr(func, "__name__", "")
-        if called in OTHER_PRODUCTS:
-            raise RunError(f"module {self.name!r} multiplies by {called}, which cannot be emulated: use matmul")
-        return self.matmul(*args, **named) if called in MATMULS else func(*args, **named)
+        is_attention = func is functional.scaled_dot_product_attention
+        if self.datapath is not None:
+            if called in OTHER_PRODUCTS:
+                raise RunError(f"module {self.name!r} multiplies by {called}, which cannot be emulated: use matmul")
+            if is_attention:
+                return self._attention(*args, **named)
+            return self._matmul(*args, **named) if called in MATMULS else func(*args, **named)
+        result = func(*args, **named)
+        if self.count is not None and is_attention:
+            self._count_attention(result, *args, **named)
+        if self.count is not None and called in MATMULS and min(x.ndim for x in args[:2]) > 1:
+            self._count(result, args[0], args[1])
+        return result
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """a b as `torch.matmul` has it."""
         for x in (a, b):
             if x.dtype != torch.float32:
                 raise RunError(f"module {self.name!r} multiplies {x.dtype}: emulation works on float32 tensors")
+        assert self.datapath is not None
         number = self.made
         self.made += 1
         left, right = a.unsqueeze(0) if a.ndim == 1 else a, b.unsqueeze(1) if b.ndim == 1 else b
         c = _MatmulFunction.apply(left, right, self.datapath, lambda which: self.words(number, which))
+        self._count(c, left, right)
         c = c.squeeze(-1) if b.ndim == 1 else c
         return c.squeeze(-2 if b.ndim > 1 else -1) if a.ndim == 1 else c
 
@@ -304,7 +322,7 @@ class ModuleCall:
         """softmax(query key^T * scale + mask) value, with two emulated products."""
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-        scores = self.matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        scores = self._matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -312,7 +330,46 @@ class ModuleCall:
         elif attn_mask is not None:
             scores = scores + attn_mask
         weights = functional.dropout(scores.softmax(-1), dropout_p)
-        return self.matmul(weights, value)
+        return self._matmul(weights, value)
+
+    def _count(self, c: Tensor, a: Tensor, b: Tensor) -> None:
+        if self.count is None:
+            return
+        masks = a.detach() != 0, b.detach() != 0
+        self.count("forward", *masks)
+        if c.requires_grad:
+            c.register_hook(lambda dc: self._count_gradients(*masks, dc != 0, a.requires_grad, b.requires_grad))
+
+    def _count_gradients(self, a: Tensor, b: Tensor, dc: Tensor, has_da: bool, has_db: bool) -> None:
+        assert self.count is not None
+        if has_da:
+            self.count("dgrad", dc, b.mT)
+        if has_db:
+            self.count("wgrad", a.mT, dc)
+
+    def _count_attention(
+        self, result: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> None:  # fmt: skip
+        """The products of a fused attention, whose weights are not seen: zero where the mask has it so."""
+        assert self.count is not None
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        weights = torch.ones(*query.shape[:-1], key.shape[-2], dtype=torch.bool, device=query.device)
+        if is_causal:
+            weights = weights.tril()
+        elif attn_mask is not None:
+            weights = weights & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
+        q, k, v = (x.detach() != 0 for x in (query, key, value))
+        self.count("forward", q, k.mT)
+        self.count("forward", weights, v)
+        if result.requires_grad:
+
+            def arrived(gradient: Tensor) -> None:
+                self._count_gradients(weights, v, gradient != 0, has_da=True, has_db=value.requires_grad)
+                self._count_gradients(q, k.mT, weights, query.requires_grad, key.requires_grad)
+
+            result.register_hook(arrived)
 
 
 # --- the mode -------------------------------------------------------------------------------------------------------

@@ -30,8 +30,6 @@ from fpsim.config.schema import TensorSpec
 OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 mantissa bits has
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
 
-OPERANDS = {"forward": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("activation", "gradient")}
-
 Scale = float | Tensor | None
 _Place = tuple[int, torch.Size]  # of a tensor in memory
 
@@ -125,10 +123,9 @@ class Recorder:
         add("dgrad", stored, reads=int(has_dgrad), writes=1, resident=True)
         add("wgrad", stored, reads=int(has_wgrad))
 
-    def product(self, name: str, pass_name: str, counted: Counted, micro_batch: int) -> None:
-        """A layer multiplies."""
-        product = Product(self.step, micro_batch, name, pass_name, OPERANDS[pass_name], *counted)
-        self.ledger.products.append(product)
+    def product(self, name: str, pass_name: str, operands: tuple[str, str], counted: Counted, micro_batch: int) -> None:
+        """A layer or a module multiplies tensors of these roles."""
+        self.ledger.products.append(Product(self.step, micro_batch, name, pass_name, operands, *counted))
 
     def addends(self, tensors: list[Tensor]) -> None:
         """Tensors that an addition or a concatenation brings in from memory."""

@@ -670,12 +670,17 @@ Accumulator = Annotated[
 ]
 
 
+def _known_mac(name: str) -> str:
+    mac(name)
+    return name
+
+
 class MacSpec(Section):
     """A multiply-accumulate unit: formats of its operands, products and sums, and their order (see `accel.mac`)."""
 
     name: str | None = None
     """Name in reports."""
-    base: str | None = None
+    base: Annotated[str, AfterValidator(_known_mac)] | None = None
     """The unit that what is not said here is taken from: fp32, bf16-acc, fp16-acc, fp22, hopper-fp8 or int8."""
     accumulator: Accumulator | None = None
     """Format of the sums; int32 for operands int8: exact. Required without base."""
@@ -713,11 +718,6 @@ class MacSpec(Section):
         return self
 
 
-def _known_mac(name: str) -> str:
-    mac(name)
-    return name
-
-
 def _mac_kind(value: Any) -> str | None:
     return "name" if isinstance(value, str) else "MacSpec" if isinstance(value, dict | MacSpec) else None
 
@@ -733,7 +733,7 @@ def mac(spec: str | MacSpec) -> accel.Mac:
     """The multiply-accumulate unit that is meant. Raises ValueError for one that cannot be."""
     import accel
 
-    return accel.mac(spec if isinstance(spec, str) else spec.model_dump())
+    return accel.mac(spec if isinstance(spec, str) else spec.model_dump(exclude_none=True))
 
 
 class Datapath(Section):

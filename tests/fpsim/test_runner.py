@@ -39,11 +39,12 @@ FILES = [
     "ledger.jsonl",
     "log.txt",
     "metrics.jsonl",
+    "products.jsonl",
     "results.json",
     "steps.csv",
     "weights.jsonl",
 ]
-LINES = ("metrics.jsonl", "ledger.jsonl", "gradients.jsonl", "weights.jsonl")
+LINES = ("metrics.jsonl", "ledger.jsonl", "products.jsonl", "gradients.jsonl", "weights.jsonl")
 VARYING = ("env.json", "log.txt", "results.json")  # times, and the machine
 STEPS, STEPS_PER_EPOCH = 10, 5
 DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
