@@ -9,7 +9,8 @@ Array, memory levels and codec work at the same time (double buffering), so a pa
 slowest of them, which is the one that binds; passes and layers follow one another. All numbers are of one step: sums
 over its micro-batches, means over the sampled steps. A tensor's write counts where the ledger enters it: an activation
 at the layer that reads it. Passes without a product (the update, additions, normalisations) are traffic alone: their
-arithmetic is left out, as are leakage and the codec's energy.
+arithmetic is left out, as are leakage and the codec's energy. Products whose operands the ledger has no record of, such
+as those inside attention, take float32 operands in the encoded scheme, and move nothing beyond the first level.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from accel.ledger import DENSE_BITS, PASSES, SCHEMES, Ledger, Product, Record
+from accel.ledger import DENSE_BITS, PASSES, SCHEMES, Ledger, Product, Record, Stored, stored_plain
 from accel.machine.cycles import dense_cycles, macs_left, skipping_cycles
 from accel.machine.description import Machine, Precision
 from accel.machine.traffic import Operand, array_bytes, reads_of, spilled_bytes, stream_bytes
@@ -120,7 +121,7 @@ class RooflinePoint:
 @dataclass(frozen=True)
 class Estimate:
     """A training step on a machine. absent: the baselines that it cannot run, and why. rows: in the
-    ledger's order of layers.
+    ledger's order of layers. unrecorded: the layers of products whose operands the ledger has no record of.
 
     gradient_macs, zero_gradient_macs: of dgrad and wgrad in a step, and those whose dY is zero. zero_gradient_cycles:
     the array's time for the latter without skipping.
@@ -130,6 +131,7 @@ class Estimate:
     sampled_steps: list[int]
     rows: list[Row]
     absent: dict[str, str]
+    unrecorded: list[str]
     gradient_macs: float
     zero_gradient_macs: float
     zero_gradient_cycles: float
@@ -188,7 +190,7 @@ class Estimate:
             Row(**{**row, "costs": {scheme: Cost(**cost) for scheme, cost in row["costs"].items()}})
             for row in data["rows"]
         ]
-        names = ("sampled_steps", "absent", "gradient_macs", "zero_gradient_macs", "zero_gradient_cycles")
+        names = ("sampled_steps", "absent", "unrecorded", "gradient_macs", "zero_gradient_macs", "zero_gradient_cycles")
         return cls(machine=Machine.model_validate(data["machine"]), rows=rows, **{name: data[name] for name in names})
 
     def _total(self, costs: list[Cost]) -> Total:
@@ -236,8 +238,8 @@ def compare(estimates: Iterable[Estimate]) -> list[dict[str, Any]]:
 def estimate(machine: Machine, ledger: Ledger) -> Estimate:
     """The sampled steps of a ledger on a machine.
 
-    Raises ValueError for a ledger without products, for a product whose operand has no record in its pass, and where no
-    precision of the machine takes a tensor's format.
+    Raises ValueError for a ledger without products, for one whose zeros were not counted at the machine's granularity,
+    and where no precision of the machine takes a tensor's format.
     """
     if not ledger.products:
         raise ValueError(
@@ -263,7 +265,9 @@ def estimate(machine: Machine, ledger: Ledger) -> Estimate:
                 costs[scheme] = _cost(machine, scheme, work, len(steps))
         tally.rows.append(Row(layer, pass_name, macs / len(steps), effectual / len(steps), costs))
     gradient = (tally.gradient_macs, tally.zero_gradient_macs, tally.zero_gradient_cycles)
-    return Estimate(machine, steps, tally.rows, absent, *(value / len(steps) for value in gradient))
+    return Estimate(
+        machine, steps, tally.rows, absent, list(tally.unrecorded), *(value / len(steps) for value in gradient)
+    )
 
 
 _Entries = tuple[list[Record], list[Product]]  # of a layer and pass in one micro-batch
@@ -288,6 +292,7 @@ class _Tally:
     """What is summed over all rows, beside them."""
 
     rows: list[Row] = field(default_factory=list)
+    unrecorded: dict[str, None] = field(default_factory=dict)
     gradient_macs: float = 0
     zero_gradient_macs: float = 0
     zero_gradient_cycles: float = 0
@@ -314,11 +319,15 @@ def _add(
     outer = range(1, len(machine.levels))
     reads: dict[int, list[int]] = {}  # by record number: of an operand's tensor, into each level before the outer ones
     for number, product in enumerate(products):
-        indices = [_index(records, product, role, number) for role in product.operands]
-        first, second = (_operand(records[index], scheme) for index in indices)
-        precision = _precision(machine, product, [records[index] for index in indices], (first, second))
+        indices = _indices(records, product, number)
+        tensors = [records[index].stored for index in indices] or _float32_operands(product)
+        first, second = (_operand(stored, scheme) for stored in tensors)
+        precision = _precision(machine, product, tensors, (first, second))
         _add_macs(work, tally, machine, scheme, precision, product)
         work.level_bytes[0] += array_bytes(product, machine.array, first, second, machine.accumulator_bits)
+        if not indices:
+            tally.unrecorded[product.layer] = None
+            continue
         for index in indices:
             reads.setdefault(index, [0] * len(machine.levels))
         for level in outer:
@@ -335,8 +344,8 @@ def _add(
             burst = machine.levels[level].burst_bytes
             work.level_bytes[level] += stream_bytes(record.bits(scheme), burst) * (times[level] + writes)
         if scheme == "encoded" and record.stored.codec not in UNCODED:
-            work.decoded_bytes += _operand(record, scheme).tensor_bytes * times[1]
-            work.encoded_bytes += _operand(record, scheme).tensor_bytes * writes
+            work.decoded_bytes += _operand(record.stored, scheme).tensor_bytes * times[1]
+            work.encoded_bytes += _operand(record.stored, scheme).tensor_bytes * writes
 
 
 def _add_macs(
@@ -365,30 +374,33 @@ def _add_macs(
     work.mac_pj += spent * precision.pj_per_mac
 
 
-def _index(records: list[Record], product: Product, role: str, number: int) -> int:
-    """Which record is the tensor of a product's operand: of the layer's runs in a pass, the one of the same number."""
-    found = [index for index, record in enumerate(records) if record.role == role]
-    if not found:
-        raise ValueError(f"layer {product.layer!r}, {product.pass_name}: the ledger has no record of its {role}")
-    return found[min(number, len(found) - 1)]
+def _indices(records: list[Record], product: Product, number: int) -> list[int]:
+    """Which records are the tensors of a product's operands: of the layer's runs in a pass, those of the same number.
+    Empty where the ledger does not have both."""
+    by_role = [[index for index, record in enumerate(records) if record.role == role] for role in product.operands]
+    return [found[min(number, len(found) - 1)] for found in by_role] if all(by_role) else []
 
 
-def _operand(record: Record, scheme: str) -> Operand:
-    stored = record.stored
+def _float32_operands(product: Product) -> list[Stored]:
+    elements = product.rows * product.length, product.length * product.columns
+    return [stored_plain(product.groups * count) for count in elements]
+
+
+def _operand(stored: Stored, scheme: str) -> Operand:
     return Operand(stored.numel, stored.value_bits if scheme == "encoded" else DENSE_BITS[scheme])
 
 
 def _precision(
-    machine: Machine, product: Product, records: list[Record], operands: tuple[Operand, Operand]
+    machine: Machine, product: Product, tensors: list[Stored], operands: tuple[Operand, Operand]
 ) -> Precision:
     bits = [operand.value_bits for operand in operands]
     found = machine.precision(max(bits))
     if found is None:
-        wider = records[bits.index(max(bits))]
+        wider = bits.index(max(bits))
         widest = max(precision.bits for precision in machine.array.precisions)
         raise ValueError(
             f"layer {product.layer!r}, {product.pass_name}: machine {machine.name!r} multiplies up to {widest} bits, "
-            f"too few for the {wider.role} in {wider.stored.format} ({max(bits)} bits)"
+            f"too few for the {product.operands[wider]} in {tensors[wider].format} ({bits[wider]} bits)"
         )
     return found
 

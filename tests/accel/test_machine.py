@@ -691,13 +691,21 @@ def test_editors_show_every_key() -> None:
     assert all("description" in field for section in sections for field in section["properties"].values())
 
 
+def test_operands_without_a_record_are_float32_and_stay_on_chip() -> None:
+    scores = Product(0, 0, "attention", "forward", ("activation", "activation"), 4, 4, 8, 2, {1: Effectual(9, 9, 9)})
+    machine = accel.machine(spec())
+    known, both = (machine.estimate(Ledger(two_layers().records, made)) for made in (two_layers().products, [scores]))
+    cost = costs(both)["attention", "forward"]
+    assert (known.unrecorded, both.unrecorded) == ([], ["attention"])
+    assert (cost.cycles_by_part["compute"], cost.pj_by_part["mac"]) == (256 / 2, 4 * 256)
+    assert cost.bytes_by_level == {"buffer": 2 * (32 * 2 + 32 * 2) * 4, "dram": 0}
+
+
 def test_ledgers_that_cannot_be_estimated() -> None:
     machine = accel.machine(spec(array=array(precisions=[{"bits": 16, "pj_per_mac": 1.0}])))
     ledger = two_layers()
     with pytest.raises(ValueError, match="the ledger has no products"):
         machine.estimate(Ledger(ledger.records))
-    with pytest.raises(ValueError, match="layer 'a', forward: the ledger has no record of its activation"):
-        machine.estimate(Ledger(ledger.records[1:], ledger.products))
     message = (
         r"layer 'a', forward: machine 'small' multiplies up to 16 bits, too few for the weight in fp32 \(32 bits\)"
     )
