@@ -69,12 +69,10 @@ def macs_left(product: Product, roles: Collection[str], granularity: int) -> int
     return effectual.first if first else effectual.second
 
 
-def skipping_cycles(dense: float, macs: int, left: int, load_balance: float, peak: float) -> float:
+def skipping_cycles(dense: float, macs: int, left: int, load_balance: float) -> float:
     """Cycles of a product of which `left` of its `macs` are done, at `dense` cycles without skipping.
 
-    Skipping shortens each fold by the share of zeros, as far as the load is balanced. It is never faster than the peak
-    rate, in multiply-accumulates per cycle, and never slower than without.
+    Skipping shortens each fold by the share of zeros, as far as the load is balanced. So the array's utilisation is at
+    most what it is without, and what is left is never done faster than at the peak rate. It is never slower, either.
     """
-    if not macs:
-        return dense
-    return min(dense, max(dense * left / macs / load_balance, left / peak))
+    return min(dense, dense * left / macs / load_balance)

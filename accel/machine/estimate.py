@@ -361,12 +361,12 @@ def _add_macs(
         executed = macs_left(product, skipped, skips.granularity)
         spent = macs_left(product, skips.roles("gating", "skipping"), skips.granularity)
         if any(role in skipped for role in product.operands):
-            cycles = skipping_cycles(dense, product.macs, executed, skips.load_balance, peak)
+            cycles = skipping_cycles(dense, product.macs, executed, skips.load_balance)
         if "gradient" in product.operands:
             zeros = product.macs - macs_left(product, ("gradient",), 1)
             tally.gradient_macs += product.macs
             tally.zero_gradient_macs += zeros
-            tally.zero_gradient_cycles += dense * zeros / product.macs if product.macs else 0
+            tally.zero_gradient_cycles += dense * zeros / product.macs
     work.executed_macs += executed
     work.ideal_cycles += executed / peak
     work.dense_cycles += dense

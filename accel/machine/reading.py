@@ -6,7 +6,7 @@ Numbers are those of YAML 1.2, where `1e-3` is one (PyYAML's YAML 1.1 takes it f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ Location = tuple[str | int, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = dict(yaml.SafeLoader.yaml_implicit_resolvers)  # noqa: RUF012
+    """SafeLoader, and numbers with an exponent but no point."""
 
 
 _Loader.add_implicit_resolver(
@@ -99,7 +99,7 @@ def _name(location: Location) -> str:
     return ".".join(map(str, location))
 
 
-def _validated(data: Any, place: Any) -> Machine:
+def _validated(data: Any, place: Callable[[Location], str]) -> Machine:
     """place: the text before an error at a location below the machine."""
     try:
         return Machine.model_validate(data)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -251,8 +252,7 @@ def test_gating_changes_energy_alone() -> None:
     [(100, 1.0, 40), (100, 0.5, 80), (10, 1.0, 4), (900, 0.5, 400), (0, 1.0, 0)],
 )
 def test_skipping_scales_cycles_within_bounds(left: int, load_balance: float, cycles: float) -> None:
-    assert skipping_cycles(400, 1000, left, load_balance, peak=10) == cycles
-    assert skipping_cycles(100, 1000, left, load_balance, peak=10) >= left / 10
+    assert skipping_cycles(400, 1000, left, load_balance) == cycles
 
 
 def test_zeros_must_be_counted_at_the_granularity() -> None:
@@ -366,6 +366,15 @@ def test_traffic_of_two_layers_that_fit() -> None:
     assert found.rows[0].costs["encoded"].cycles_by_part["dram"] == 256 / 4
 
 
+def test_traffic_that_fits_is_the_ledgers() -> None:
+    ledger = two_layers()
+    totals = accel.machine(spec(levels=[level("buffer", 64), level("dram", None)])).estimate(ledger).totals()
+    expected = ledger.traffic_bits_per_step()["total"]
+    for scheme in ("fp32", "bf16"):
+        assert totals[scheme].bytes_by_level["dram"] == expected[scheme] / 8
+    assert 0 <= totals["encoded"].bytes_by_level["dram"] - expected["encoded"] / 8 < 20  # streams end in whole bytes
+
+
 def test_what_the_array_reads_and_writes() -> None:
     made, x, w = product(4, 16, 8), Operand(32, 8), Operand(128, 8)
     # output stationary: x for 8 folds of columns, w for 2 of rows; else 4 folds of length move the 64 sums of 4 bytes:
@@ -459,10 +468,12 @@ def test_sums_that_leave_are_written_and_read() -> None:
 
 
 def test_an_unfolded_input_takes_its_share_of_the_tensor() -> None:
-    # Every element of a tensor of 64 meets 9 taps: a 64 x 9 matrix that fits in 64 bytes, beside 9 weights and 64 sums
-    made, unit = product(64, 1, 9), systolic(1, 1, "output_stationary")
-    assert reads_of(made, unit, Operand(64, 8), Operand(9, 8), 8, 2 * (64 + 9 + 64)) == Reads(1, 1, 1)
-    assert reads_of(made, unit, Operand(576, 8), Operand(9, 8), 8, 2 * (64 + 9 + 64)) == Reads(1, 1, 1)
+    # Each of 64 values meets 9 taps. The tensor fits in 300 bytes, beside 9 x 3 weights and 64 x 3 sums; unfolded, its
+    # 576 elements do not.
+    made, unit = product(64, 64, 9), systolic(1, 1, "output_stationary")
+    weights = Operand(576, 8)
+    assert reads_of(made, unit, Operand(64, 8), weights, 8, 2 * 300) == Reads(1, 1, 1)
+    assert reads_of(made, unit, Operand(576, 8), weights, 8, 2 * 300) != Reads(1, 1, 1)
 
 
 def test_streams_are_those_that_are_packed() -> None:
@@ -597,6 +608,7 @@ def test_a_file_is_read_by_yaml_12(tmp_path: Path) -> None:
     path.write_text("weights: {format: e4m3fn}\n" + FILE)
     machine = accel.machine(str(path))
     assert (machine.clock_mhz, machine.array.precisions[0].pj_per_mac) == (100, 0.001)
+    assert yaml.safe_load("1e-3") == "1e-3"  # the loader of others is as it was
     assert accel.machine(machine) is machine
     assert accel.machine(machine.model_dump()) == machine
 
