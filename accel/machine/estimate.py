@@ -120,8 +120,10 @@ class RooflinePoint:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A training step on a machine. absent: the baselines that it cannot run, and why. rows: in the
-    ledger's order of layers. unrecorded: the layers of products whose operands the ledger has no record of.
+    """A training step on a machine.
+
+    rows: in the ledger's order of layers. absent: the baselines that the machine cannot run, and why. unrecorded: the
+    layers of products whose operands the ledger has no record of.
 
     gradient_macs, zero_gradient_macs: of dgrad and wgrad in a step, and those whose dY is zero. zero_gradient_cycles:
     the array's time for the latter without skipping.
