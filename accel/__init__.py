@@ -23,6 +23,7 @@ from accel.codecs import (
 from accel.datapath import Convolution, Mac, conv_dgrad, conv_forward, conv_wgrad, mac, macs, matmul
 from accel.formats import Format
 from accel.ledger import Ledger
+from accel.machine import Machine, machine
 from accel.operations import (
     BlockCodes,
     decode,
@@ -51,6 +52,7 @@ __all__ = [
     "Ledger",
     "Log2Statistics",
     "Mac",
+    "Machine",
     "Packed",
     "Point",
     "Recommendation",
@@ -69,6 +71,7 @@ __all__ = [
     "largest_magnitude",
     "log2_statistics",
     "mac",
+    "machine",
     "macs",
     "matmul",
     "pack",
