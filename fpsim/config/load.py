@@ -132,7 +132,7 @@ def config_to_yaml(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """8 hex digits of the SHA-256 of everything that can change a run's results or its name."""
-    data = config.model_dump(mode="json", exclude={"output", "threads"})
+    data = config.model_dump(mode="json", exclude={"output": True, "threads": True, "emulation": {"machine"}})
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 
@@ -142,7 +142,14 @@ def json_schema() -> dict[str, Any]:
     A file may leave any key to the one that it extends, so only the top level of a file without `extends` has required
     keys; `load_config` checks the rest once everything is merged.
     """
+    from accel.machine import Machine
+
     schema = Config.model_json_schema()
+    machine = Machine.model_json_schema()
+    schema["$defs"] |= machine.pop("$defs") | {"Machine": machine}
+    emulation = schema["$defs"]["Emulation"]["properties"]
+    described = {"anyOf": [{"$ref": "#/$defs/Machine"}, {"type": "null"}]}
+    emulation["machine"] = {key: emulation["machine"][key] for key in ("description", "default")} | described
     required = schema["required"]
     _relax(schema)
     formats = [{"$ref": f"#/$defs/{section.__name__}"} for section in (FormatSpec, BlockFormatSpec)]
@@ -393,7 +400,8 @@ def _problem(section: type[Section], tree: Node, error: ErrorDetails) -> Problem
     if kind == "literal_error":
         return problem_in(tree, path, _choice(given, re.sub("True|False", lambda m: m[0].lower(), context["expected"])))
     if kind == "section":
-        return problem_in(tree, (*path, *context["at"].split(".")), context["message"])
+        below = (int(part) if part.isdecimal() else part for part in context["at"].split(".") if part)
+        return problem_in(tree, (*path, *below), context["message"])
     if kind == "newer_version":
         return problem_in(tree, path, context["message"])
     if kind == "value_error":

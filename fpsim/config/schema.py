@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -917,6 +918,25 @@ class MagnitudePruning(_ByMagnitude):
 WeightPruning = DensePruning | SnrPruning | DpfPruning | GmpPruning | MagnitudePruning
 
 
+def _machine(value: Any) -> Any:
+    """The machine of a mapping, which accel checks. Raises its first complaint at the key below `machine` that it
+    names."""
+    import accel
+
+    if value is None or isinstance(value, accel.Machine):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a mapping (got {shown(value)})")
+    try:
+        return accel.machine(value)
+    except ValueError as error:
+        place, _, message = str(error).splitlines()[0].partition(": ")
+        raise _error_at(place.removeprefix("machine").lstrip("."), message or place) from None
+
+
+Machine = Annotated[Any, BeforeValidator(_machine), WithJsonSchema({"type": ["object", "null"]})]
+
+
 class Ledger(Section):
     """How often storage and traffic are counted."""
 
@@ -949,6 +969,8 @@ class Emulation(Section):
     """Weights that are zero, in every matrix layer (include and exclude do not limit it); null: none."""
     saved_activations: SavedActivations | None = None
     """Packs the activations that autograd saves for backward; null: they stay float32 tensors."""
+    machine: Machine = None
+    """The chip that `fpsim estimate` costs a run on, if no other; it does not change the run. null: none is described."""
     ledger: Ledger = Ledger()
     """How often storage and traffic are counted."""
 
