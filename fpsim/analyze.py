@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure, SubFigure
@@ -23,7 +21,7 @@ from fpsim.float_choice import Lognormal, format_grid, grid_error
 from fpsim.gradients.thresholds import empirical, expected_sparsity
 from fpsim.gradients.thresholds import lognormal as by_lognormal
 from fpsim.lognormal import best_exponent_bits, cosine, fit, measured_cosine
-from fpsim.report.plots import COLORS, STYLE
+from fpsim.report.plots import COLORS, picture
 from fpsim.scales import sample
 from fpsim.tensor_file import all_tensors, load_tensor
 
@@ -189,12 +187,7 @@ def to_data(page: Page) -> dict[str, Any]:
 
 def save_plot(found: list[Page], drawn: list[tuple[str, torch.Tensor]], path: Path) -> None:
     """Density, histogram of log2|x| and two QQ plots of the first six tensors; written whole or not at all."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Figure(layout="constrained")
-        draw_pages(canvas, found, drawn)
-        picture = io.BytesIO()
-        canvas.savefig(picture, format=path.suffix[1:], dpi=110)
-    write_bytes(path, picture.getvalue())
+    write_bytes(path, picture(lambda canvas: draw_pages(canvas, found, drawn), path.suffix[1:]))
 
 
 def draw_pages(

@@ -6,7 +6,6 @@ the samples of the latest one, which are analyzed as any other tensor is (see fp
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from fpsim.distributions import FAMILIES
 from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes
 from fpsim.gradients.distribution import ROLES
-from fpsim.report.plots import COLORS, STYLE
+from fpsim.report.plots import COLORS, picture
 from fpsim.runner import CONFIG_FILE, GRADIENTS_FILE, SAMPLES_FILE, find_run, rows_of
 from fpsim.tensor_file import wrong_file
 
@@ -149,38 +148,33 @@ def _row(one: OverTime) -> list[str]:
 
 def save_plot(recorded: list[dict[str, Any]], found: list[Page], drawn: list[tuple[str, Tensor]], path: Path) -> None:
     """Over the steps, D and the spread of each layer's dY; below, the panels of the samples' first six tensors."""
-    with matplotlib.rc_context(STYLE):
-        canvas = Figure(layout="constrained")
-        above = draw_pages(canvas, found, drawn, inches_above=INCHES)
-        assert above is not None
-        axes = above.subplots(1, 2)
-        of_dy = [row for row in recorded if row["role"] == "dY" and row["statistics"] is not None]
-        steps = sorted({row["step"] for row in of_dy})
-        for name, color in zip(FAMILIES, COLORS * 2, strict=False):
-            values = [
-                [
-                    row["statistics"][name]
-                    for row in of_dy
-                    if row["step"] == step and row["statistics"][name] is not None
-                ]
-                for step in steps
-            ]
-            axes[0].plot(
-                steps, [np.mean(one) if one else np.nan for one in values], color=color, marker=".", label=name,
-                linewidth=2.2 if name == "lognormal" else 1.0,
-            )  # fmt: skip
-        axes[0].set(title="D of dY, mean over layers", xlabel="step", ylabel="D", ylim=(0, None))
-        axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])
-        axes[0].legend(ncols=4, loc="upper center")
-        layers = list(dict.fromkeys(row["layer"] for row in of_dy))
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-        for layer, shade in zip(layers, shades, strict=True):
-            shown = [row for row in of_dy if row["layer"] == layer]
-            axes[1].plot([row["step"] for row in shown], [row["std_log2"] for row in shown], color=shade, linewidth=1)
-        axes[1].set(
-            title=f"spread of log2|dY| of {len(layers)} layers (dark: last layer, light: first)", xlabel="step",
-            ylabel="binades", ylim=(0, None),
+    write_bytes(path, picture(lambda canvas: _draw(canvas, recorded, found, drawn), path.suffix[1:]))
+
+
+def _draw(canvas: Figure, recorded: list[dict[str, Any]], found: list[Page], drawn: list[tuple[str, Tensor]]) -> None:
+    above = draw_pages(canvas, found, drawn, inches_above=INCHES)
+    assert above is not None
+    axes = above.subplots(1, 2)
+    of_dy = [row for row in recorded if row["role"] == "dY" and row["statistics"] is not None]
+    steps = sorted({row["step"] for row in of_dy})
+    for name, color in zip(FAMILIES, COLORS * 2, strict=False):
+        values = [
+            [row["statistics"][name] for row in of_dy if row["step"] == step and row["statistics"][name] is not None]
+            for step in steps
+        ]
+        axes[0].plot(
+            steps, [np.mean(one) if one else np.nan for one in values], color=color, marker=".", label=name,
+            linewidth=2.2 if name == "lognormal" else 1.0,
         )  # fmt: skip
-        picture = io.BytesIO()
-        canvas.savefig(picture, format=path.suffix[1:], dpi=110)
-    write_bytes(path, picture.getvalue())
+    axes[0].set(title="D of dY, mean over layers", xlabel="step", ylabel="D", ylim=(0, None))
+    axes[0].set_ylim(0, 1.45 * axes[0].get_ylim()[1])
+    axes[0].legend(ncols=4, loc="upper center")
+    layers = list(dict.fromkeys(row["layer"] for row in of_dy))
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for layer, shade in zip(layers, shades, strict=True):
+        shown = [row for row in of_dy if row["layer"] == layer]
+        axes[1].plot([row["step"] for row in shown], [row["std_log2"] for row in shown], color=shade, linewidth=1)
+    axes[1].set(
+        title=f"spread of log2|dY| of {len(layers)} layers (dark: last layer, light: first)", xlabel="step",
+        ylabel="binades", ylim=(0, None),
+    )  # fmt: skip

@@ -299,6 +299,28 @@ def export(
 
 
 @app.command()
+def estimate(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a folder of runs: the newest.")],
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help="An accelerator with a machine, by name or file; may be repeated. Else that of the run."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for tables by pass (CSV, JSON) and plots.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the time, traffic and energy of a run's training step on machines, beside dense fp32 and bf16."""
+    from fpsim import estimate as verb
+
+    found = verb.estimate(run_dir, machine or [])
+    if as_json:
+        print(json.dumps(verb.to_data(found), indent=1, allow_nan=False))
+    else:
+        verb.show(found)
+    for path in verb.write(found, output) if output is not None else []:
+        print(path, file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
 def reproduce(
     figure: Annotated[
         str,

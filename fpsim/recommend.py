@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +18,7 @@ from fpsim.console import plain_console, print_table
 from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes
 from fpsim.lognormal import Fit
-from fpsim.report.plots import COLORS, STYLE, WIDTH_INCHES
+from fpsim.report.plots import COLORS, WIDTH_INCHES, picture
 from fpsim.tensor_file import load_tensor
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
@@ -107,17 +105,17 @@ def to_data(found: accel.Recommendation) -> dict[str, Any]:
 
 def save_plot(found: accel.Recommendation, path: Path) -> None:
     """Bits against error of every point, the Pareto line, the limits and the advice; written whole or not at all."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(f"What to store it as: {found.source}", loc="left", fontsize=10, pad=12)
-        _draw_points(axes, found)
-        _draw_limits(axes, found)
-        _draw_names(axes, found)
-        _draw_legends(figure, found)
-        picture = io.BytesIO()
-        figure.savefig(picture, format=path.suffix[1:], dpi=150)
-    write_bytes(path, picture.getvalue())
+    size = WIDTH_INCHES, HEIGHT_INCHES
+    write_bytes(path, picture(lambda canvas: _draw(canvas, found), path.suffix[1:], size))
+
+
+def _draw(canvas: Figure, found: accel.Recommendation) -> None:
+    axes = canvas.add_subplot()
+    axes.set_title(f"What to store it as: {found.source}", loc="left", fontsize=10, pad=12)
+    _draw_points(axes, found)
+    _draw_limits(axes, found)
+    _draw_names(axes, found)
+    _draw_legends(canvas, found)
 
 
 def _draw_points(axes: Axes, found: accel.Recommendation) -> None:

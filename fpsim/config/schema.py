@@ -970,7 +970,7 @@ class Emulation(Section):
     saved_activations: SavedActivations | None = None
     """Packs the activations that autograd saves for backward; null: they stay float32 tensors."""
     machine: Machine = None
-    """The chip that `fpsim estimate` costs a run on, if no other; it does not change the run. null: none is described."""
+    """The chip that `fpsim estimate` puts a run on, if no other is named; it does not change the run. null: none."""
     ledger: Ledger = Ledger()
     """How often storage and traffic are counted."""
 

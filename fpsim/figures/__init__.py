@@ -10,9 +10,6 @@ import io
 import json
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure as Canvas
-
 from fpsim.config import load_config, load_section
 from fpsim.data import Dataset, load
 from fpsim.errors import ConfigError, Problem
@@ -27,7 +24,7 @@ from fpsim.figures import (
 )
 from fpsim.figures.figure import Figure, Measured, data_overrides
 from fpsim.files import write_bytes, write_json, write_text
-from fpsim.report.plots import STYLE
+from fpsim.report.plots import picture
 
 MODULES = (
     float_choice,
@@ -82,8 +79,8 @@ def reproduce(
     numbers, table, *pictures = (folder / f"{name}.{suffix}" for suffix in ("json", "csv", "png", "svg"))
     write_json(numbers, {"figure": name, "title": figure.title, "results": measured.results, "rows": measured.rows})
     write_text(table, _csv(measured))
-    for picture in pictures:
-        write_bytes(picture, _drawn(figure, measured, picture.suffix[1:]))
+    for path in pictures:
+        write_bytes(path, _drawn(figure, measured, path.suffix[1:]))
     return [numbers, table, *pictures]
 
 
@@ -101,11 +98,4 @@ def _csv(measured: Measured) -> str:
 
 
 def _drawn(figure: Figure, measured: Measured, kind: str) -> bytes:
-    """The picture as `png` or `svg`: the same bytes for the same numbers."""
-    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}[kind]
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": figure.name}):
-        canvas = Canvas(figsize=figure.size_inches, layout="constrained")
-        figure.draw(canvas, measured)
-        picture = io.BytesIO()
-        canvas.savefig(picture, format=kind, dpi=110, metadata=metadata)
-    return picture.getvalue()
+    return picture(lambda canvas: figure.draw(canvas, measured), kind, figure.size_inches, figure.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import Any
 
 import matplotlib
@@ -32,6 +32,22 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 WIDTH_INCHES = 9.0
+
+
+def picture(
+    draw: Callable[[Figure], Any], kind: str, size_inches: tuple[float, float] | None = None, salt: str = "fpsim"
+) -> bytes:
+    """What `draw` draws on a canvas, as `png`, `svg` or `pdf`: the same bytes for the same drawing.
+
+    salt: of the ids in an SVG, to be different in pictures of one page.
+    """
+    metadata = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None}}[kind]
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        canvas = Figure(figsize=size_inches, layout="constrained")
+        draw(canvas)
+        stream = BytesIO()
+        canvas.savefig(stream, format=kind, dpi=110, metadata=metadata)
+    return stream.getvalue()
 
 
 def accuracy_svg(runs: list[dict[str, Any]]) -> str:
