@@ -244,7 +244,7 @@ def problem_of(name: str, one: Multiplication, spec: LayerSpec) -> tuple[dict[st
         codec = None if place == written else _codec(spec, place)
         distribution = "fixed_structured" if codec is not None and _kind(codec) == "nm" else "hypergeometric"
         densities[spaces[place]] = {"distribution": distribution, "density": _density(mask)}
-        padded = mask if place == "w" else _with_padding(one.product, place, mask, loops)
+        padded = mask if place in ("w", written) else _with_padding(one.product, place, mask, loops)
         if padded.shape != mask.shape:
             notes.append(
                 f"{spaces[place]}: {_shape(mask)} as a tensor; {_shape(padded)} in the problem, where padding has "
@@ -254,10 +254,11 @@ def problem_of(name: str, one: Multiplication, spec: LayerSpec) -> tuple[dict[st
         {"name": space, "projection": loops.projections[place], **({"read_write": True} if place == written else {})}
         for place, space in spaces.items()
     ]
+    coefficients = [{"name": key, "default": n} for key, n in loops.coefficients.items()]
     shape = {
         "name": name,
         "dimensions": list(loops.dimensions),
-        "coefficients": [{"name": key, "default": n} for key, n in loops.coefficients.items()],
+        **({"coefficients": coefficients} if coefficients else {}),
         "data_spaces": data_spaces,
     }
     instance = {**loops.dimensions, **loops.coefficients, "densities": densities}
