@@ -5,7 +5,7 @@ The newest checkpoint is taken up and the run's next batch goes forward and back
     LAYER.PASS.problem.yaml                 the loops of a layer in forward, dgrad or wgrad, and its tensors' densities
     LAYER.PASS.sparse_optimizations.yaml    how the run encodes them, and what their zeros save
     masks.safetensors                       `LAYER/activation`, `LAYER/weight`, `LAYER/gradient`: 1 where X, W, dY are
-                                            not zero, uint8, X and dY as samples (N, C, ...)
+                                            not zero, uint8, as they are multiplied: X and dY as (N, C, ...)
     densities.json                          {"run", "step": steps trained before, "problems": [...], "tensors":
                                             {"LAYER/ROLE": {...}}}, the problems with their files, MACs and densities
 
@@ -33,7 +33,6 @@ version 0.4 calls them `target` and B.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -106,10 +105,6 @@ class Loops:
     dimensions: dict[str, int]
     coefficients: dict[str, int]
     projections: dict[str, list[list[list[str]]]]
-
-    @property
-    def macs(self) -> int:
-        return math.prod(self.dimensions.values())
 
 
 @dataclass(frozen=True)
