@@ -64,6 +64,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run directory. Raises RunError where there is none."""
+    saved = checkpoints(run / "checkpoints")
+    if not saved:
+        raise RunError(f"{run}: has no checkpoint yet")
+    return saved[-1]
+
+
 def clean(folder: Path) -> None:
     """Delete what a kill in the middle of a save left behind."""
     for path in folder.glob(".step-*.tmp"):

@@ -321,6 +321,27 @@ def estimate(
 
 
 @app.command()
+def timeloop(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a folder of runs: the newest.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for the files; else RUN/timeloop.")] = None,
+    storage: Annotated[
+        str, typer.Option(help="The level of your architecture that holds the encoded tensors.")
+    ] = "DRAM",
+    compute: Annotated[str, typer.Option(help="The level of your architecture that multiplies.")] = "MAC",
+    action: Annotated[str, typer.Option(help="What zeros of an operand save: skipping or gating.")] = "skipping",
+    as_json: AsJson = False,
+) -> None:
+    """Describe a run's next training step to Timeloop and Sparseloop: problems, densities, encodings, masks."""
+    from fpsim import timeloop as verb
+
+    described = verb.describe(run_dir, output, storage, compute, action)
+    if as_json:
+        print(json.dumps(verb.to_data(described), indent=1))
+        return
+    verb.show(described)
+
+
+@app.command()
 def reproduce(
     figure: Annotated[
         str,

@@ -104,6 +104,18 @@ class _Multiplied(NamedTuple):
     w: Tensor
 
 
+class Multiplication(NamedTuple):
+    """What stands behind a product of the ledger. x, w, dy: masks of what is nonzero; x and dy as samples, dy None in
+    forward."""
+
+    layer: str
+    pass_name: str
+    product: LayerProduct
+    x: Tensor
+    w: Tensor
+    dy: Tensor | None
+
+
 def emulate(
     model: nn.Module,
     spec: Emulation | Mapping[str, Any] | str,
@@ -132,7 +144,8 @@ class Emulator:
 
     ledger: accel.Ledger of the sampled steps. statistics: one row a pruned layer (see `LayerPruning.summary`).
     distributions: of the neural and weight gradients of the sampled steps. adapting: the layers that choose the format
-    of their gradients. weight_pruning: what prunes the weights, if anything does.
+    of their gradients. weight_pruning: what prunes the weights, if anything does. multiplications: None, or a list to
+    which every product that the ledger enters is added with its masks.
 
     A delayed scale is that of the largest magnitude in the layer's tensors of that role in the steps before, as many as
     `scale_history` says; of the tensor itself in the first step, and where those are all 0. Evaluation uses it and
@@ -179,6 +192,7 @@ class Emulator:
         self._step_zeros, self._step_elements = 0, 0
         self._step_is_new = True
         self.distributions = Distributions()
+        self.multiplications: list[Multiplication] | None = None
         self._recorder = Recorder(model, self.layers, optimizer)
         self._saved = None if spec.saved_activations is None else SavedTensors(model, spec.saved_activations)
         self._products = Products()
@@ -475,18 +489,24 @@ class Emulator:
 
     def _record_products(self, name: str, call: LayerCall) -> list[_Multiplied]:
         found = [_Multiplied(one, one.samples(x) != 0, call.weight.detach() != 0) for one, x in call.products]
-        for one, x, w in found:
-            counted = one.count("forward", x, w)
-            self._recorder.product(name, "forward", OPERANDS["forward"], counted, self._recorder.micro_batch)
+        for one in found:
+            self._record_product(name, "forward", one, self._recorder.micro_batch)
         return found
 
     def _record_gradient_products(self, name: str, found: list[_Multiplied], dy: Tensor, call: _Call) -> None:
-        for one, x, w in found:
-            mask = one.samples(dy) != 0
+        for one in found:
+            mask = one.product.samples(dy) != 0
             for which, is_made in (("dgrad", call.has_dgrad), ("wgrad", call.has_wgrad)):
                 if is_made and call.micro_batch is not None:
-                    counted = one.count(which, x, w, mask)
-                    self._recorder.product(name, which, OPERANDS[which], counted, call.micro_batch)
+                    self._record_product(name, which, one, call.micro_batch, mask)
+
+    def _record_product(
+        self, name: str, which: str, one: _Multiplied, micro_batch: int, dy: Tensor | None = None
+    ) -> None:
+        counted = one.product.count(which, one.x, one.w, dy)
+        self._recorder.product(name, which, OPERANDS[which], counted, micro_batch)
+        if self.multiplications is not None:
+            self.multiplications.append(Multiplication(name, which, *one, dy))
 
     def _check_call(self, name: str, spec: LayerSpec, x: Any) -> None:
         if spec == FLOAT32:

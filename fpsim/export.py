@@ -102,24 +102,22 @@ def _with_weights(file: Path, given: dict[str, str]) -> Config:
 def _weights_of(config: Config, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, EncodedWeight]]:
     """The newest checkpoint of a run: its state, the model's state dict with weights masked, and the weights in a
     format, by layer."""
-    saved = checkpoint.checkpoints(folder / "checkpoints")
-    if not saved:
-        raise RunError(f"{folder}: has no checkpoint yet")
-    about = checkpoint.read_state(saved[-1])
+    saved = checkpoint.newest(folder)
+    about = checkpoint.read_state(saved)
     try:
         shape, classes, steps = tuple(about["input_shape"]), about["classes"], about["steps_per_epoch"]
     except KeyError as error:
-        raise RunError(f"{saved[-1]}: was written by an earlier fpsim, it lacks {error}") from None
+        raise RunError(f"{saved}: was written by an earlier fpsim, it lacks {error}") from None
     options = config.model.model_dump(exclude={"name"})
     with torch.random.fork_rng():
         model = models.build(config.model.name, input_shape=shape, classes=classes, **options).eval()
         optimizer = build_optimizer(config.training.optimizer, model)
-        state, tensors = checkpoint.load(saved[-1], model, optimizer)
+        state, tensors = checkpoint.load(saved, model, optimizer)
     handle = emulate(model, config.emulation or Emulation(), seed=config.seed, steps_per_epoch=steps)
     try:
         handle.load_state_dict(state["emulator"], tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
+        raise RunError(f"{saved}: does not fit this run: {error}") from error
     weights = handle.encoded_weights()
     if not weights:
         raise ConfigError([Problem("--format", "is needed: the run's weights are float32")])

@@ -109,13 +109,28 @@ def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
 
     Raises ConfigError for what is not a run directory, RunError for a run that fails or whose checkpoint is damaged.
     """
+    return _train(_session_of(run_folder(run_dir), quiet), resuming=True)
+
+
+def opened(run_dir: str | Path) -> _Session:
+    """A run as its newest checkpoint holds it, to look into: its directory stays as it is.
+
+    Raises ConfigError for what is not a run directory, RunError for one without a checkpoint or with a damaged one.
+    """
     folder = run_folder(run_dir)
+    saved = checkpoint.newest(folder)
+    session = _session_of(folder, quiet=True)
+    session.load(saved)
+    return session
+
+
+def _session_of(folder: Path, quiet: bool) -> _Session:
+    """A session of a run that was begun, with its own number of threads."""
     try:
         threads = int(json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["threads"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}") from error
-    config = load_config(folder / CONFIG_FILE, [f"threads={threads}"])
-    return _train(_Session(config, folder, quiet), resuming=True)
+    return _Session(load_config(folder / CONFIG_FILE, [f"threads={threads}"]), folder, quiet)
 
 
 def find_run(place: str | Path) -> Path:
@@ -236,11 +251,8 @@ class _Session:
             for name in LINES:
                 (self.folder / name).write_bytes(b"")
             return
-        state, tensors = checkpoint.load(saved[-1], self.model, self.optimizer)
-        try:
-            self.step, self.seconds_before, self.history = state["step"], state["seconds"], state["history"]
-            self.epoch_loss, self.epoch_correct = state["epoch_loss"], state["epoch_correct"]
-            self.emulator.load_state_dict(state["emulator"], tensors)
+        state = self.load(saved[-1])
+        with _fitting(saved[-1]):
             for name in LINES:
                 if name not in state["bytes"]:  # a run of an earlier fpsim
                     (self.folder / name).write_bytes(b"")
@@ -254,10 +266,26 @@ class _Session:
             if self.emulator.weight_pruning is not None:
                 self.emulator.weight_pruning.rows[:] = rows_of(self.folder / WEIGHTS_FILE)
                 self.weight_rows = len(self.emulator.weight_pruning.rows)
-        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            raise RunError(f"{saved[-1]}: does not fit this run: {error}") from error
         self.ledger_rows, self.product_rows = len(saved_ledger.records), len(saved_ledger.products)
         self.gradient_rows = len(self.emulator.distributions.rows)
+
+    def load(self, saved: Path) -> dict[str, Any]:
+        """Take up a checkpoint, without the files of the run; returns its state."""
+        state, tensors = checkpoint.load(saved, self.model, self.optimizer)
+        with _fitting(saved):
+            self.step, self.seconds_before, self.history = state["step"], state["seconds"], state["history"]
+            self.epoch_loss, self.epoch_correct = state["epoch_loss"], state["epoch_correct"]
+            self.emulator.load_state_dict(state["emulator"], tensors)
+        return state
+
+
+@contextmanager
+def _fitting(saved: Path) -> Iterator[None]:
+    """Raises RunError where a checkpoint is not one of this run."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        raise RunError(f"{saved}: does not fit this run: {error}") from error
 
 
 def ledger_of(run: Path) -> accel.Ledger:
@@ -341,20 +369,45 @@ def _train_steps(session: _Session, log: logging.Logger, stopped: list[str]) -> 
 
 def _train_step(session: _Session) -> dict[str, Any]:
     """One step: its row for the metrics. Raises NonFiniteError before the weights are updated."""
-    config, model, emulator, step = session.config, session.model, session.emulator, session.step
-    training, batch, parts = config.training, config.training.batch_size, config.training.micro_batches
-    epoch, position = divmod(step, session.steps_per_epoch)
-    if position == 0:
-        emulator.next_epoch()
-        session.epoch_loss, session.epoch_correct = 0.0, 0
+    training, emulator, step = session.config.training, session.emulator, session.step
     if step == session.total_steps - 1:
         emulator.sample_this_step()
-    indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
-    inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
     factor = learning_rate_factor(training.schedule, step, session.steps_per_epoch, session.total_steps)
     learning_rate = training.optimizer.learning_rate * factor
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
+    loss_value, correct, labels = forward_and_backward(session)
+    check_gradients(session.model, step)
+    session.optimizer.step()
+    emulator.step()
+    session.epoch_loss += loss_value
+    session.epoch_correct += correct
+    session.step += 1
+    row = {
+        "kind": "step",
+        "step": session.step,
+        "epoch": step // session.steps_per_epoch + 1,
+        "learning_rate": learning_rate,
+        "loss": loss_value,
+        "accuracy_percent": 100 * correct / labels,
+        "gradient_sparsity": emulator.gradient_sparsity,
+        "weight_sparsity": weight_pruning.sparsity if (weight_pruning := emulator.weight_pruning) else None,
+    }
+    session.progress.step(row)
+    return row
+
+
+def forward_and_backward(session: _Session) -> tuple[float, int, int]:
+    """The passes of the session's next step, whose gradients they leave in the parameters: the loss, how many labels
+    were met, and of how many. Raises NonFiniteError for a loss that is not finite."""
+    config, model, emulator, step = session.config, session.model, session.emulator, session.step
+    batch, parts = config.training.batch_size, config.training.micro_batches
+    epoch, position = divmod(step, session.steps_per_epoch)
+    if position == 0:
+        emulator.next_epoch()
+        session.epoch_loss, session.epoch_correct = 0.0, 0
+    indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
+    inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
     session.optimizer.zero_grad()
     loss_value, correct = 0.0, 0
     for some, some_labels in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
@@ -372,24 +425,7 @@ def _train_step(session: _Session) -> dict[str, Any]:
         loss.backward()
         loss_value += value
         correct += count_correct(logits, some_labels)
-    check_gradients(model, step)
-    session.optimizer.step()
-    emulator.step()
-    session.epoch_loss += loss_value
-    session.epoch_correct += correct
-    session.step += 1
-    row = {
-        "kind": "step",
-        "step": session.step,
-        "epoch": epoch + 1,
-        "learning_rate": learning_rate,
-        "loss": loss_value,
-        "accuracy_percent": 100 * correct / labels.numel(),
-        "gradient_sparsity": emulator.gradient_sparsity,
-        "weight_sparsity": weight_pruning.sparsity if (weight_pruning := emulator.weight_pruning) else None,
-    }
-    session.progress.step(row)
-    return row
+    return loss_value, correct, labels.numel()
 
 
 def _end_epoch(session: _Session, row: dict[str, Any]) -> dict[str, Any]:
