@@ -288,9 +288,10 @@ def _fitting(saved: Path) -> Iterator[None]:
         raise RunError(f"{saved}: does not fit this run: {error}") from error
 
 
-def ledger_of(run: Path) -> accel.Ledger:
-    """The ledger that a run has written so far; of a run of an earlier fpsim, without products. Raises RunError for a
-    damaged file."""
+def ledger_of(run_dir: str | Path) -> accel.Ledger:
+    """The ledger that a run has written so far; of a run of an earlier fpsim, without products. Raises ConfigError for
+    a place without a run, RunError for a damaged file."""
+    run = run_folder(run_dir)
     products = rows_of(run / PRODUCTS_FILE) if (run / PRODUCTS_FILE).is_file() else []
     return accel.Ledger.from_data(rows_of(run / LEDGER_FILE), products)
 

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from fpsim.cli import app
-from fpsim.config import load_config, parse_config
+from fpsim.config import load_config, parse_config, parse_emulation
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -28,16 +28,16 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-SPARSE = [command for command in commands() if "runs/sparse" in command]
+TRAINED = [command for command in commands() if {"runs/sparse", "runs/chip"} & set(command)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's sparse run was trained and exported, by its own commands."""
+    """Where the README's own runs were trained, exported and estimated, by its own commands."""
     place, before, threads = tmp_path_factory.mktemp("readme"), Path.cwd(), torch.get_num_threads()
     os.chdir(place)
     try:
-        for command in SPARSE:
+        for command in TRAINED:
             assert CliRunner().invoke(app, command).exit_code == 0
     finally:
         os.chdir(before)
@@ -56,11 +56,11 @@ def test_python_blocks_run(
 
 def test_the_readme_has_commands_and_code() -> None:
     assert len(commands()) >= 5
-    assert len(blocks("python")) == 5
-    assert [verb for verb, *_ in SPARSE] == ["run", "export"]
+    assert len(blocks("python")) == 6
+    assert [verb for verb, *_ in TRAINED] == ["run", "export", "run", "estimate"]
 
 
-@pytest.mark.parametrize("command", [one for one in commands() if one not in SPARSE], ids=" ".join)
+@pytest.mark.parametrize("command", [one for one in commands() if one not in TRAINED], ids=" ".join)
 def test_commands_are_accepted(command: list[str]) -> None:
     verb, *arguments = command
     if verb == "run":
@@ -72,9 +72,16 @@ def test_commands_are_accepted(command: list[str]) -> None:
 
 
 def test_the_yaml_is_the_quickstart() -> None:
-    shown, overrides, weights = blocks("yaml")
+    shown, overrides, weights, datapath, _ = blocks("yaml")
     quickstart, pruned = load_config("quickstart").model_dump(), yaml.safe_load(weights)
     training = {**quickstart["training"], **pruned["training"]}
     assert parse_config({**quickstart, **pruned, "training": training})
     assert parse_config({**yaml.safe_load(shown.replace("5e-4", "0.0005")), **yaml.safe_load(overrides)})
     assert parse_config(yaml.safe_load(shown.replace("5e-4", "0.0005"))) == load_config("quickstart")
+    assert parse_config({**quickstart, **yaml.safe_load(datapath)})
+
+
+def test_the_yaml_of_a_machine_is_one() -> None:
+    emulation = parse_emulation(yaml.safe_load(blocks("yaml")[-1]))
+    assert emulation.machine.name == "edge-npu-vectors"
+    assert emulation.machine.skips.granularity == 8

@@ -58,10 +58,11 @@ def to_data(node: Node) -> Any:
 
 def merge(base: Node, over: Node, path: Path = ()) -> Node:
     """`over` laid on `base`, mapping by mapping; lists and scalars are replaced. Below the root, a mapping that is
-    another thing than the base replaces it whole (see `_is_another_thing`)."""
+    another thing than the base replaces it whole (see `_is_another_thing`); a machine's name is only what it is called.
+    """
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
-    if path and _is_another_thing(base.value, over.value):
+    if path and path[-1] != "machine" and _is_another_thing(base.value, over.value):
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
