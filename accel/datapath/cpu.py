@@ -114,6 +114,62 @@ def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[
                 out[strip * ROWS + r, panel * COLUMNS + c] = value if value == value else NAN
 
 
+# --- fused dot products of finite operands, on a grid -----------------------------------------------------------------
+
+
+def _aligned_dots(acc, a, b, terms, fraction, grid, power, plain, inverse, units):  # type: ignore[no-untyped-def]
+    """acc (COLUMNS) after all products of a (K) and b (K, COLUMNS), `terms` at once, from 0: `aligned_sum` of each."""
+    for c in range(COLUMNS):
+        acc[c] = 0
+    for first in range(0, a.size, terms):
+        last = min(first + terms, a.size)
+        for c in range(COLUMNS):
+            power[c], plain[c] = power_below(acc[c]), acc[c]
+        for k in range(first, last):
+            left = REAL(a[k])
+            left_power = power_below(left)
+            for c in range(COLUMNS):
+                right = REAL(b[k, c])
+                both = left_power * power_below(right)
+                power[c] = both if both > power[c] else power[c]
+                plain[c] += left * right
+        for c in range(COLUMNS):
+            inverse[c] = REAL(1) / (power[c] * fraction) if power[c] > REAL(0) else REAL(0)
+            units[c] = WHOLE(acc[c] * inverse[c]) if abs(acc[c]) < REAL(np.inf) else WHOLE(0)
+        for k in range(first, last):
+            left = REAL(a[k])
+            for c in range(COLUMNS):
+                units[c] += WHOLE(left * REAL(b[k, c]) * inverse[c])  # toward zero
+        for c in range(COLUMNS):
+            is_sum = (power[c] > REAL(0)) & (abs(acc[c]) < REAL(np.inf))
+            x = REAL(units[c]) * (power[c] * fraction) if is_sum else plain[c]
+            acc[c] = limited(ROUND(x, grid), x, grid)
+
+
+def _aligned(start, stop, a, b, out, panels, chunk, terms, fraction, *fields):  # type: ignore[no-untyped-def]
+    """Tiles start .. stop of out = a b, as `_on_a_grid`. fraction: 2^-fraction_bits."""
+    inner, outer = Grid(*fields[:GRID_FIELDS]), Grid(*fields[GRID_FIELDS:TWO_GRIDS])
+    length = a.shape[1]
+    acc, power, plain = np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL), np.empty(COLUMNS, REAL)
+    inverse, units, sums = np.empty(COLUMNS, REAL), np.empty(COLUMNS, WHOLE), np.empty(COLUMNS)
+    row = np.empty(length, np.float32)
+    for tile in range(start, stop):
+        strip, panel = tile // panels, tile % panels
+        for r in range(ROWS):
+            for k in range(length):
+                row[k] = a[strip, k, r]
+            for c in range(COLUMNS):
+                sums[c] = 0
+            for first in range(0, length, chunk):
+                piece = b[panel, first : first + chunk]
+                DOTS(acc, row[first : first + chunk], piece, terms, fraction, inner, power, plain, inverse, units)
+                for c in range(COLUMNS):
+                    sums[c] = acc[c] if chunk > length else ADD(sums[c], np.float64(acc[c]), outer)
+            for c in range(COLUMNS):
+                value = np.float32(sums[c])
+                out[strip * ROWS + r, panel * COLUMNS + c] = value if value == value else NAN
+
+
 # --- any format, any rounding, products that are rounded, fused dot products -----------------------------------------
 
 
@@ -233,6 +289,14 @@ for _kind, (_body, _real, _modes) in STEPS.items():
         STEP_OF[_kind, _mode] = part(_body, f"{_name}_step", ROUND=MODES[_mode])
         _sums = part(_accumulate, f"{_name}_accumulate", STEP=STEP_OF[_kind, _mode], REAL=_real)
         ON_A_GRID[_kind, _mode] = kernel(_on_a_grid, f"matmul_{_name}", ACCUMULATE=_sums, ADD=ADD_OF[_mode], REAL=_real)
+ALIGNED: dict[tuple[str, str], Kernel] = {}
+for _mode, _round in MODES.items():
+    for _kind, _real, _whole in (("narrow", np.float32, np.int32), ("wide", np.float64, np.int64)):
+        _name = f"aligned_{_kind}_{_mode}"
+        _dots = part(_aligned_dots, f"{_name}_dots", ROUND=_round, REAL=_real, WHOLE=_whole)
+        ALIGNED[_kind, _mode] = kernel(
+            _aligned, f"matmul_{_name}", DOTS=_dots, ADD=ADD_OF[_mode], REAL=_real, WHOLE=_whole
+        )
 VALUES: dict[str, dict[str, Any]] = {  # how sums are rounded by code
     "nearest": {"VALUE": nearest_value, "DRAWS": False},
     "stochastic": {"VALUE": stochastic_value, "DRAWS": True},
@@ -275,16 +339,28 @@ def on_a_grid(
     kind: str, mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, chunk: int, inner: Grid, outer: Grid
 ) -> None:
     """out = a b by the step `kind` of STEPS, rounding to `mode` of MODES. chunk: beyond K for no outer accumulator."""
+    _in_tiles(ON_A_GRID[kind, mode], a, b, out, chunk, *inner, *outer)
+
+
+def aligned(
+    kind: str, mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, chunk: int, terms: int, fraction: float,
+    inner: Grid, outer: Grid,
+) -> None:  # fmt: skip
+    """The same by fused dot products of `terms`, for finite operands."""
+    _in_tiles(ALIGNED[kind, mode], a, b, out, chunk, terms, type(inner.least)(fraction), *inner, *outer)
+
+
+def _in_tiles(loop: Kernel, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *options: Any) -> None:
+    """out = a b by a loop over tiles of packed operands."""
     rows, length = a.shape
     strips, panels = -(-rows // ROWS), -(-b.shape[1] // COLUMNS)
     by_strip = pad(a, [0, 0, 0, strips * ROWS - rows]).view(strips, ROWS, length)
     by_panel = pad(b, [0, panels * COLUMNS - b.shape[1]]).view(length, panels, COLUMNS)
     packed = by_strip.transpose(1, 2).contiguous(), by_panel.transpose(0, 1).contiguous()
     whole = torch.empty(strips * ROWS, panels * COLUMNS)
-    arguments = (*(x.numpy() for x in (*packed, whole)), panels, chunk, *inner, *outer)
+    arguments = (*(x.numpy() for x in (*packed, whole)), panels, *options)
     elements = ROWS * COLUMNS * length // PRODUCTS_OF_AN_ELEMENT
-    threads = torch.get_num_threads()
-    cpu.run(ON_A_GRID[kind, mode], strips * panels, *arguments, threads=threads, align=1, elements=elements)
+    cpu.run(loop, strips * panels, *arguments, threads=torch.get_num_threads(), align=1, elements=elements)
     out.copy_(whole[:rows, : b.shape[1]])
 
 

@@ -105,20 +105,28 @@ def _product(
     accumulator = unit.accumulator
     assert isinstance(accumulator, Format)
     outer = unit.outer or accumulator
+    loops, is_fused = backend(a), unit.terms > 1
     if (
         unit.rounding == "stochastic"
         or unit.product
-        or unit.terms > 1
+        or (is_fused and a.is_cuda)
         or not (_has_grid(accumulator) and _has_grid(outer))
     ):
         _by_code(a, b, unit, out, first, words, chunk)
         return
-    loops = backend(a)
-    kind = _kind(unit, accumulator, length, loops.extent(a), loops.extent(b))
+    extents = loops.extent(a), loops.extent(b)
+    if is_fused and (extents[0].is_special or extents[1].is_special):
+        _by_code(a, b, unit, out, first, words, chunk)
+        return
+    kind = (_fused_kind if is_fused else _kind)(unit, accumulator, length, *extents)
     mode = "nearest" if unit.rounding == "nearest_even" else "zero"
     real: Any = np.float32 if kind.startswith("narrow") else np.float64
     inner = grid_of(accumulator, unit.rounding, unit.overflow, real)
-    loops.on_a_grid(kind, mode, a, b, out, chunk, inner, grid_of(outer, unit.rounding, unit.overflow, np.float64))
+    grids = inner, grid_of(outer, unit.rounding, unit.overflow, np.float64)
+    if unit.fraction_bits is None:
+        loops.on_a_grid(kind, mode, a, b, out, chunk, *grids)
+    else:
+        loops.aligned(kind, mode, a, b, out, chunk, unit.terms, 2.0**-unit.fraction_bits, *grids)
 
 
 def _by_code(
@@ -160,6 +168,20 @@ def _kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:
     if (is_short and p <= SHORT_64) or sums - low <= FLOAT64_BITS:
         return f"wide{limit}"
     return "odd"
+
+
+def _fused_kind(unit: Mac, fmt: Format, length: int, a: Extent, b: Extent) -> str:
+    """Whether float32 holds every product, power and sum of aligned units exactly ("narrow"), or float64 must ("wide").
+
+    Numbers are multiples of 2^low or of the last bit that alignment keeps of one, so they never come near the end of
+    float32 below; above, the largest is what is added to round a sum.
+    """
+    assert unit.fraction_bits is not None
+    sums = a.high + b.high + 2 + math.ceil(math.log2(length)) + 1
+    low = min(a.low, a.high) + min(b.low, b.high) - 2 * unit.fraction_bits
+    units = unit.fraction_bits + 2 + math.ceil(math.log2(unit.terms + 1))
+    is_in_range = low >= -120 and max(sums, 0) + FLOAT32_BITS <= 120 and fmt.min_exponent >= -126
+    return "narrow" if a.bits + b.bits <= FLOAT32_BITS and units <= FLOAT32_BITS and is_in_range else "wide"
 
 
 def _limit(unit: Mac, fmt: Format) -> str:

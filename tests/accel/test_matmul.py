@@ -259,6 +259,34 @@ def test_every_way_to_sum_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert taken[-1] == expected, (name, kind, fmt)
 
 
+@pytest.mark.parametrize(
+    ("unit", "kind", "fmt", "expected"),
+    [
+        ("hopper-fp8", normal, "e4m3fn", "narrow"),
+        ({"base": "hopper-fp8", "rounding": "nearest_even", "chunk": 64}, cancelling, "e5m2", "narrow"),
+        ({"accumulator": "fp32", "terms": 16, "fraction_bits": 24}, normal, "e4m3fn", "wide"),
+        ({"accumulator": "fp16", "terms": 4, "fraction_bits": 10}, overflowing, "fp16", "narrow"),
+        ({"accumulator": "fp16", "terms": 4, "fraction_bits": 10, "overflow": "saturate"}, wide, None, "wide"),
+        ("hopper-fp8", special, "e5m2", None),
+    ],
+)
+def test_fused_dots_in_tiles_are_those_element_by_element(
+    unit: Any, kind: Any, fmt: Any, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loops over tiles, in float32 and float64, for finite operands; several tiles, the last ones partly filled."""
+    from accel.datapath import products
+
+    taken: list[str] = []
+    original = products._fused_kind
+    monkeypatch.setattr(products, "_fused_kind", lambda *given: taken.append(original(*given)) or taken[-1])
+    a, b = drawn(kind, fmt, (9, 101), 1), drawn(kind, fmt, (101, 70), 2)
+    found = accel.matmul(a, b, unit)
+    assert taken == ([] if expected is None else [expected])
+    described = accel.mac(unit)
+    for row, column in ((0, 0), (8, 69), (4, 63), (3, 64)):
+        assert same(found[row, column], reference(a[row : row + 1], b[:, column : column + 1], described)[0, 0])
+
+
 def test_float16_is_numpys() -> None:
     """NumPy's float16 rounds a product and then a sum; so does a unit with products of fp16."""
     a, b = drawn(normal, "fp16", (4, 300), 1), drawn(normal, "fp16", (300, 6), 2)
