@@ -128,6 +128,24 @@ def test_pieces_change_no_random_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(torch.equal(one, other) for one, other in zip(whole, results(2), strict=True))
 
 
+def test_operands_are_unfolded_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    multiply = convolution.matmul
+    monkeypatch.setattr(
+        convolution, "matmul", lambda a, b, *rest, **words: sizes.append(a.numel()) or multiply(a, b, *rest, **words)
+    )
+    monkeypatch.setattr(convolution, "PIECE", 2000)
+    x, w, conv = integers(0, 4, 8, 12, 12), integers(1, 6, 8, 3, 3), Convolution((1, 1), (1, 1), (1, 1))
+    y = accel.conv_forward(x, w, conv, "fp32")  # 72 x 12 elements a line
+    assert (max(sizes), sum(sizes)) == (2 * 12 * 72, 4 * 144 * 72)
+    sizes.clear()
+    accel.conv_dgrad(y, w, conv, (12, 12), "fp32")
+    assert (max(sizes), sum(sizes)) == (3 * 12 * 54, 4 * 144 * 54)
+    sizes.clear()
+    accel.conv_wgrad(x, y, conv, (3, 3), "fp32")
+    assert (max(sizes), sum(sizes)) == (9 * 576, 72 * 576)  # a channel at least
+
+
 def test_groups_draw_words_of_their_own() -> None:
     x, w = torch.ones(1, 2, 6, 6), torch.full((2, 1, 3, 3), 0.3)
     unit = {"accumulator": "e5m3", "rounding": "stochastic"}
