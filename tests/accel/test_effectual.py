@@ -28,12 +28,12 @@ def coarse(mask: Tensor, granularity: int) -> Tensor:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_every_pass_counts_what_the_masks_multiply(dims: int, stride: int) -> None:
-    generator = torch.Generator().manual_seed(dims)
+    generator, spatial = torch.Generator().manual_seed(dims), (6, 5, 7)[:dims]
     for padding, dilation, groups, kernel in itertools.product((0, 1, 3), (1, 2), (1, 2), (1, 3)):
         conv = Convolution((stride,) * dims, (padding,) * dims, (dilation,) * dims, groups)
-        x = torch.rand(2, 10, *(9, 7, 8)[:dims], generator=generator) < 0.2
+        x = torch.rand(2, 10, *spatial, generator=generator) < 0.2
         w = torch.rand(6, 10 // groups, *[kernel] * dims, generator=generator) < 0.3
-        y = torch.rand(2, 6, *conv.positions((9, 7, 8)[:dims], (kernel,) * dims), generator=generator) < 0.1
+        y = torch.rand(2, 6, *conv.positions(spatial, (kernel,) * dims), generator=generator) < 0.1
         forward, dgrad, wgrad = (
             count_forward(x, w, conv),
             count_dgrad(y, w, conv),
