@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from accel.datapath import units
-from accel.datapath.products import matmul
+from accel.datapath.products import multiply, result_dtype
 from accel.datapath.units import AnyMac, Mac
 
 PIECE = 1 << 22  # elements of an unfolded operand that are held at once
@@ -88,7 +88,7 @@ def conv_forward(x: Tensor, w: Tensor, conv: Convolution, mac: AnyMac, **words: 
     _check(x.shape[1], w.shape[1] * conv.groups, w.shape[0], conv, "x", "w")
     axes = forward_axes(conv, tuple(x.shape[2:]), tuple(w.shape[2:]))
     described = units.mac(mac)
-    out = x.new_empty((x.shape[0], w.shape[0], *(axis.count for axis in axes)), dtype=_dtype(described))
+    out = x.new_empty((x.shape[0], w.shape[0], *(axis.count for axis in axes)), dtype=result_dtype(described))
     return _fill(out, x, w, [axes], conv.groups, described, words)
 
 
@@ -101,7 +101,7 @@ def conv_dgrad(y: Tensor, w: Tensor, conv: Convolution, spatial: tuple[int, ...]
     phases = [_dgrad_axes(*one) for one in each]
     turned = w.unflatten(0, (conv.groups, -1)).transpose(1, 2).flatten(0, 1)  # (C, O / groups, *kernel)
     described = units.mac(mac)
-    out = y.new_zeros((y.shape[0], turned.shape[0], *spatial), dtype=_dtype(described))
+    out = y.new_zeros((y.shape[0], turned.shape[0], *spatial), dtype=result_dtype(described))
     return _fill(out, y, turned, [list(axes) for axes in all_combinations(*phases)], conv.groups, described, words)
 
 
@@ -113,7 +113,7 @@ def conv_wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...],
     described = units.mac(mac)
     axes, taps = forward_axes(conv, tuple(x.shape[2:]), kernel), math.prod(kernel)
     rows, columns = x.shape[1] // conv.groups, y.shape[1] // conv.groups
-    out = x.new_empty((y.shape[1], rows * taps), dtype=_dtype(described))
+    out = x.new_empty((y.shape[1], rows * taps), dtype=result_dtype(described))
     channels = max(1, PIECE // max(1, taps * y[:, 0].numel()))
     nd = len(kernel)
     for group in range(conv.groups):
@@ -123,7 +123,7 @@ def conv_wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...],
             view = unfolded(x[:, some], axes)  # (N, *positions, channels, *taps)
             left = view.movedim(tuple(range(nd + 1, 2 * nd + 2)), tuple(range(nd + 1))).reshape(-1, right.shape[0])
             offset = (group * rows + first) * taps * columns
-            found = matmul(left, right, described, offset=offset, **words)
+            found = multiply(left, right, described, offset=offset, **words)
             out[group * columns : (group + 1) * columns, first * taps : first * taps + left.shape[0]] = found.t()
     return out.view(y.shape[1], rows, *kernel)
 
@@ -164,7 +164,7 @@ def _fill(
             view, matrix = unfolded(x[:, group * rows : (group + 1) * rows], axes), taken[some].flatten(1).t()
             target = out[:, some][places].movedim(1, -1)
             for here in _pieces(view.shape, len(axes), matrix.shape[0]):
-                found = matmul(view[here].reshape(-1, matrix.shape[0]), matrix, unit, offset=offset, **words)
+                found = multiply(view[here].reshape(-1, matrix.shape[0]), matrix, unit, offset=offset, **words)
                 target[here] = found.view(target[here].shape)
                 offset += found.numel()
     return out
@@ -182,7 +182,3 @@ def _pieces(shape: torch.Size, axes: int, length: int) -> Iterator[tuple[slice, 
     for sample in range(samples):
         for first in range(0, counts[0], lines):
             yield slice(sample, sample + 1), slice(first, first + lines)
-
-
-def _dtype(unit: Mac) -> torch.dtype:
-    return torch.int32 if unit.is_integer else torch.float32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -18,10 +20,10 @@ from accel.datapath.steps import Grid
 from accel.datapath.units import AnyMac, Mac
 from accel.formats import Format
 from accel.kernels.arguments import Fields
-from accel.operations import AnyArray, quantize
+from accel.operations import AnyArray, quantize, signed
 from accel.rounding import parameters
 
-LARGEST_INT32 = (1 << 31) - 1
+LARGEST_INT32, LARGEST_WORD = (1 << 31) - 1, (1 << 64) - 1
 FLOAT32_BITS, FLOAT64_BITS = 24, 53
 SHORT_32, SHORT_64 = 11, 25  # significant bits p with 2 p + 2 <= 24 and 53
 
@@ -35,50 +37,61 @@ def matmul(
     Returns float32, values of the (outer) accumulator's format, NaN canonical; int32 for an accumulator "int32".
     seed, stream, step, offset: of the random words of stochastic sums, which depend on the element of the result
     (row-major number, plus offset) and on its place in K.
-    Raises ValueError for operands of other shapes, dtypes or devices, for a NaN among integers, and where an int32
-    could overflow. Floats are IEEE 754's: results are others under `torch.set_flush_denormal(True)`.
+    Gradients of tensors are products of the same unit, which takes the operands as they come, with the words of the
+    streams after this one; none pass through int32. Raises ValueError for operands of other shapes, dtypes or devices,
+    for a NaN among integers, and where an int32 could overflow. Floats are IEEE 754's: results are others under
+    `torch.set_flush_denormal(True)`.
     """
     checked_words(seed, stream, step, offset)
-    described = units.mac(mac)
-    left, right = _operand(a, "a"), _operand(b, "b")
-    if left.device != right.device:
-        raise ValueError(f"a is on {left.device}, b on {right.device}")
-    if left.shape[-1] != right.shape[-2]:
-        raise ValueError(f"a has {left.shape[-1]} columns, b has {right.shape[-2]} rows: K must be the same")
-    try:
-        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    except RuntimeError:
-        message = f"leading dimensions do not broadcast (got {tuple(left.shape)} and {tuple(right.shape)})"
-        raise ValueError(message) from None
-    if described.a is not None:
-        left = quantize(left, described.a)
-    if described.b is not None:
-        right = quantize(right, described.b)
-    words = np.uint64(seed), np.uint64(stream), np.uint64(step)
-    if described.is_integer:
-        result = _integer_product(left, right, described)
-    else:
-        result = torch.zeros(*batch, left.shape[-2], right.shape[-1], device=left.device)
-        size = result.shape[-2] * result.shape[-1]
-        for number in range(math.prod(batch) if size and left.shape[-1] else 0):
-            place = np.unravel_index(number, batch) if batch else ()
-            rows, columns = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
-            _product(rows, columns, described, result[place], offset + number * size, words)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.ops.accel.matmul(a, b, text_of(mac), signed(seed), stream, step, offset)
+    result = multiply(
+        as_tensor(a, "a").detach(), as_tensor(b, "b").detach(), units.mac(mac), seed, stream, step, offset
+    )
     return result.numpy() if isinstance(a, np.ndarray) else result
+
+
+def multiply(
+    a: torch.Tensor, b: torch.Tensor, unit: Mac, seed: int = 0, stream: int = 0, step: int = 0, offset: int = 0
+) -> torch.Tensor:
+    """`matmul` of tensors, without gradient."""
+    batch, is_empty = _checked(a, b)
+    left = a if unit.a is None else quantize(a, unit.a)
+    right = b if unit.b is None else quantize(b, unit.b)
+    if unit.is_integer:
+        return _integer_product(left, right, unit)
+    words = np.uint64(seed & LARGEST_WORD), np.uint64(stream), np.uint64(step)
+    result = torch.zeros(*batch, a.shape[-2], b.shape[-1], device=a.device)
+    size = result.shape[-2] * result.shape[-1]
+    for number in range(0 if is_empty else math.prod(batch)):
+        place = np.unravel_index(number, batch) if batch else ()
+        rows, columns = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
+        _product(rows, columns, unit, result[place], offset + number * size, words)
+    return result
+
+
+def _checked(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Size, bool]:
+    """The leading dimensions of the result, and whether nothing is multiplied."""
+    for name, x in (("a", a), ("b", b)):
+        if x.dtype != torch.float32 or x.ndim < 2:
+            raise ValueError(
+                f"{name} must be a float32 tensor of two or more dimensions (got {x.dtype}, {x.ndim} dimensions)"
+            )
+    if a.device != b.device:
+        raise ValueError(f"a is on {a.device}, b on {b.device}")
+    if a.shape[-1] != b.shape[-2]:
+        raise ValueError(f"a has {a.shape[-1]} columns, b has {b.shape[-2]} rows: K must be the same")
+    try:
+        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        message = f"leading dimensions do not broadcast (got {tuple(a.shape)} and {tuple(b.shape)})"
+        raise ValueError(message) from None
+    return batch, not (math.prod(batch) and a.shape[-2] and a.shape[-1] and b.shape[-1])
 
 
 def backend(x: torch.Tensor) -> ModuleType:
     """The loops for a tensor's device (see `launch.loops_for`)."""
     return launch.loops_for(x, cpu, "accel.datapath.cuda")
-
-
-def _operand(x: AnyArray, name: str) -> torch.Tensor:
-    tensor = as_tensor(x, name).detach()
-    if tensor.dtype != torch.float32 or tensor.ndim < 2:
-        raise ValueError(
-            f"{name} must be a float32 tensor of two or more dimensions (got {tensor.dtype}, {tensor.ndim} dimensions)"
-        )
-    return tensor
 
 
 def _integer_product(a: torch.Tensor, b: torch.Tensor, unit: Mac) -> torch.Tensor:
@@ -212,3 +225,63 @@ def grid_of(fmt: Format, rounding: str, overflow: str, real: Any) -> Grid:
         "down": 2.0 ** (max(fmt.max_exponent, 0) - largest),
     }
     return Grid(**{key: real(number) for key, number in numbers.items()})
+
+
+# --- as an operator of torch (see accel/operators.py) -----------------------------------------------------------------
+
+_library = torch.library.Library("accel", "FRAGMENT")
+_library.define("matmul(Tensor a, Tensor b, str mac, SymInt seed, SymInt stream, SymInt step, SymInt offset) -> Tensor")
+
+
+@torch.compiler.assume_constant_result
+def text_of(spec: AnyMac) -> str:
+    """A unit as a text, which operators take."""
+    return _text(units.mac(spec))
+
+
+@cache
+def _text(unit: Mac) -> str:
+    return json.dumps(units.to_description(unit))
+
+
+@cache
+def _unit(text: str) -> Mac:
+    return units.mac(json.loads(text))
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, mac: str, seed: int, stream: int, step: int, offset: int) -> torch.Tensor:
+    return multiply(a, b, _unit(mac), seed, stream, step, offset)
+
+
+def _fake(a: torch.Tensor, b: torch.Tensor, mac: str, *_: Any) -> torch.Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=result_dtype(_unit(mac)))
+
+
+def result_dtype(unit: Mac) -> torch.dtype:
+    """What `matmul` returns."""
+    return torch.int32 if unit.is_integer else torch.float32
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    a, b, *ctx.options = inputs
+    ctx.save_for_backward(a, b)
+    if not output.is_floating_point():
+        ctx.mark_non_differentiable(output)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    (a, b), (mac, seed, stream, *rest) = ctx.saved_tensors, ctx.options
+    plain, last = replace(_unit(mac), a=None, b=None), 1 << 32
+    da, db = None, None
+    if ctx.needs_input_grad[0]:
+        da = torch.ops.accel.matmul(gradient, b.mT, _text(plain), seed, (stream + 1) % last, *rest).sum_to_size(a.shape)
+    if ctx.needs_input_grad[1]:
+        db = torch.ops.accel.matmul(a.mT, gradient, _text(plain), seed, (stream + 2) % last, *rest).sum_to_size(b.shape)
+    return da, db, None, None, None, None, None
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("matmul", _matmul, _device)
+torch.library.register_fake("accel::matmul", _fake, lib=_library)
+torch.library.register_autograd("accel::matmul", _backward, setup_context=_setup, lib=_library)

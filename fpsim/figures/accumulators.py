@@ -96,7 +96,7 @@ def _name(unit: Any) -> str:
 def draw_accumulators(canvas: Canvas, measured: Measured) -> None:
     means = measured.results["units"]
     canvas.suptitle(
-        f"Accuracy by the accumulator of all products: {measured.rows[0]['network']} on {measured.data_name}, "
+        f"Accuracy by the accumulator of the products: {measured.rows[0]['network']} on {measured.data_name}, "
         f"{measured.results['training']['epochs']} epochs\n"
         "small: a run each; large: mean over seeds; line and band: the first unit, mean +- deviation over seeds",
         x=0.01, ha="left", fontsize=10,

@@ -130,9 +130,9 @@ def test_pieces_change_no_random_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operands_are_unfolded_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    multiply = convolution.matmul
+    multiply = convolution.multiply
     monkeypatch.setattr(
-        convolution, "matmul", lambda a, b, *rest, **words: sizes.append(a.numel()) or multiply(a, b, *rest, **words)
+        convolution, "multiply", lambda a, b, *rest, **words: sizes.append(a.numel()) or multiply(a, b, *rest, **words)
     )
     monkeypatch.setattr(convolution, "PIECE", 2000)
     x, w, conv = integers(0, 4, 8, 12, 12), integers(1, 6, 8, 3, 3), Convolution((1, 1), (1, 1), (1, 1))

@@ -403,6 +403,52 @@ def test_strides_and_threads_do_not_matter(unit: Any) -> None:
     assert np.array_equal(accel.matmul(a.numpy(), b.numpy(), unit), expected.numpy())
 
 
+# --- as an operator of torch ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", SEVERAL, ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_it_keeps_the_rules_of_torch(unit: Any) -> None:
+    """Schema, autograd registration, fake tensors, AOT dispatch with dynamic shapes: torch's own check of operators."""
+    text = accel.datapath.products.text_of(unit)
+    for a, b in (
+        (torch.randn(2, 3, 5), torch.randn(5, 4)),
+        (torch.randn(3, 5, requires_grad=unit != "int8"), torch.randn(4, 5).t()),
+    ):
+        results = torch.library.opcheck(torch.ops.accel.matmul.default, (a, b, text, 1, 2, 3, 4))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_gradients_are_products_of_the_same_unit() -> None:
+    unit = {"accumulator": "e8m3", "a": "e4m3fn", "b": "e5m2", "rounding": "stochastic"}
+    a, b, dc = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.randn(2, 3, 4)
+    accel.matmul(a, b, unit, seed=3, stream=8, step=2).backward(dc)
+    plain = {"accumulator": "e8m3", "rounding": "stochastic"}
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.equal(a.grad, accel.matmul(dc, b.detach().t(), plain, seed=3, stream=9, step=2))
+    assert torch.equal(b.grad, accel.matmul(a.detach().mT, dc, plain, seed=3, stream=10, step=2).sum(0))
+    assert not accel.matmul(a, b, "int8").requires_grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_code_gives_the_same_bits() -> None:
+    unit = {"base": "fp16-acc", "chunk": 4, "outer": "fp32"}
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (accel.matmul(a * 2, b, unit) * a[:, :4]).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    grads = []
+    for function in (loss, compiled):
+        generator = torch.Generator().manual_seed(0)
+        a, b = (torch.randn(7, n, generator=generator, requires_grad=True) for n in (7, 4))
+        function(a, b).backward()
+        grads.append((a.grad, b.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
 # --- descriptions and mistakes ----------------------------------------------------------------------------------------
 
 
