@@ -122,7 +122,7 @@ def _product(
     if (
         unit.rounding == "stochastic"
         or unit.product
-        or (is_fused and a.is_cuda)
+        or (is_fused and loops is not cpu)
         or not (_has_grid(accumulator) and _has_grid(outer))
     ):
         _by_code(a, b, unit, out, first, words, chunk)

@@ -117,6 +117,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "pack rle", _packed("rle")  # whose loops run on the CPU
     for name, unit, make in PRODUCTS:
         yield f"matmul {name}", _product(unit, make)
+    yield "matmul convolution", _convolution
     yield "largest magnitude", lambda x: (accel.largest_magnitude(x), accel.largest_magnitude(x.nan_to_num()))
     yield "empty", lambda x: accel.quantize(x[:0], "e4m3fn")
     yield "0-d", lambda x: accel.quantize(x[7], "e4m3fn", rounding="stochastic", **WORDS)
@@ -131,6 +132,17 @@ def _product(unit: Any, make: Case) -> Case:
         return accel.matmul(make(a), make(b), unit, seed=3, stream=4, step=5, offset=6)
 
     return call
+
+
+def _convolution(x: torch.Tensor) -> list[torch.Tensor]:
+    """All three products, with a stride, padding and groups."""
+    conv, side = accel.Convolution((2, 1), (1, 0), (1, 1), 2), 5 if x.numel() < 100_000 else 40
+    image = accel.quantize(x.nan_to_num(0, 0, 0)[: 4 * side * side].view(1, 4, side, side), "e4m3fn")
+    w = accel.quantize(x.flip(0).nan_to_num(0, 0, 0)[: 6 * 2 * 6].view(6, 2, 3, 2), "e4m3fn")
+    y = accel.conv_forward(image, w, conv, "fp22")
+    dy = accel.quantize(y, "e5m2")
+    dx = accel.conv_dgrad(dy, w, conv, (side, side), "fp22")
+    return [y, dx, accel.conv_wgrad(image, dy, conv, (3, 2), "fp22")]
 
 
 def _quantize(fmt: Any, **options: Any) -> Case:
