@@ -113,18 +113,23 @@ def conv_wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...],
     described = units.mac(mac)
     axes, taps = forward_axes(conv, tuple(x.shape[2:]), kernel), math.prod(kernel)
     rows, columns = x.shape[1] // conv.groups, y.shape[1] // conv.groups
-    out = x.new_empty((y.shape[1], rows * taps), dtype=result_dtype(described))
-    channels = max(1, PIECE // max(1, taps * y[:, 0].numel()))
-    nd = len(kernel)
-    for group in range(conv.groups):
-        right = y[:, group * columns : (group + 1) * columns].movedim(1, -1).reshape(-1, columns)
+    out = x.new_empty((conv.groups, columns, rows * taps), dtype=result_dtype(described))
+    places, nd = y[:, 0].numel(), len(kernel)
+    right = y.unflatten(1, (conv.groups, columns)).movedim((1, 2), (0, -1)).reshape(conv.groups, places, columns)
+    channels = min(rows, max(1, PIECE // max(1, taps * places)))
+    groups = 1 if channels < rows else max(1, PIECE // max(1, rows * taps * places))
+    for group in range(0, conv.groups, groups):
+        these = slice(group, min(group + groups, conv.groups))
+        image = x.unflatten(1, (conv.groups, rows))[:, these]
         for first in range(0, rows, channels):
-            some = slice(group * rows + first, group * rows + min(first + channels, rows))
-            view = unfolded(x[:, some], axes)  # (N, *positions, channels, *taps)
-            left = view.movedim(tuple(range(nd + 1, 2 * nd + 2)), tuple(range(nd + 1))).reshape(-1, right.shape[0])
-            offset = (group * rows + first) * taps * columns
-            found = multiply(left, right, described, offset=offset, **words)
-            out[group * columns : (group + 1) * columns, first * taps : first * taps + left.shape[0]] = found.t()
+            some = image[:, :, first : first + channels]
+            view = unfolded(some.flatten(1, 2), axes).unflatten(nd + 1, some.shape[1:3])
+            left = view.movedim(tuple(range(nd + 1, 2 * nd + 3)), tuple(range(nd + 2))).reshape(
+                some.shape[1], some.shape[2] * taps, places
+            )
+            offset, between = (group * rows + first) * taps * columns, rows * taps * columns
+            found = multiply(left, right[these], described, offset=offset, between=between, **words)
+            out[these, :, first * taps : first * taps + left.shape[1]] = found.mT
     return out.view(y.shape[1], rows, *kernel)
 
 
@@ -159,14 +164,17 @@ def _fill(
         if not taken.numel():
             continue
         places: Any = (..., *(axis.target for axis in axes))
-        for group in range(groups):
-            some = slice(group * columns, (group + 1) * columns)
-            view, matrix = unfolded(x[:, group * rows : (group + 1) * rows], axes), taken[some].flatten(1).t()
-            target = out[:, some][places].movedim(1, -1)
-            for here in _pieces(view.shape, len(axes), matrix.shape[0]):
-                found = multiply(view[here].reshape(-1, matrix.shape[0]), matrix, unit, offset=offset, **words)
-                target[here] = found.view(target[here].shape)
-                offset += found.numel()
+        target = out[places].movedim(1, -1).unflatten(-1, (groups, columns))
+        view, matrix = unfolded(x, axes), taken.unflatten(0, (groups, columns)).flatten(2).mT
+        done, total = 0, math.prod(view.shape[: 1 + len(axes)])  # rows of a group
+        for here in _pieces(view.shape, len(axes), groups * matrix.shape[1]):
+            left = view[here].unflatten(len(axes) + 1, (groups, rows)).movedim(len(axes) + 1, 0)
+            left = left.reshape(groups, -1, matrix.shape[1])
+            number, between = offset + done * columns, total * columns
+            found = multiply(left, matrix, unit, offset=number, between=between, **words)
+            target[here] = found.movedim(0, 1).reshape(target[here].shape)
+            done += left.shape[1]
+        offset += groups * total * columns
     return out
 
 

@@ -92,16 +92,17 @@ def _accumulate(acc, a, b, grid):  # type: ignore[no-untyped-def]
             acc[c + 3 * COLUMNS] = STEP(acc[c + 3 * COLUMNS], a_3, value, grid)
 
 
-def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[no-untyped-def]
-    """Tiles start .. stop of out = a b. a: (strips, K, ROWS); b: (panels, K, COLUMNS); out: whole tiles.
+def _on_a_grid(start, stop, a, b, out, strips, panels, chunk, *fields):  # type: ignore[no-untyped-def]
+    """Tiles start .. stop of out = a b, matrix by matrix: `strips` (K, ROWS) of a and `panels` (K, COLUMNS) of b each.
 
-    chunk: beyond K where there is no outer accumulator.
+    out: whole tiles, one below the other and side by side. chunk: beyond K where there is no outer accumulator.
     """
     inner, outer = Grid(*fields[:GRID_FIELDS]), Grid(*fields[GRID_FIELDS:TWO_GRIDS])
     length = a.shape[1]
     acc, sums = np.empty(ROWS * COLUMNS, REAL), np.empty(ROWS * COLUMNS)
     for tile in range(start, stop):
-        strip, panel = tile // panels, tile % panels
+        strip, across = tile // panels, tile % panels
+        panel = strip // strips * panels + across
         for i in range(ROWS * COLUMNS):
             sums[i] = 0
         for first in range(0, length, chunk):
@@ -111,7 +112,7 @@ def _on_a_grid(start, stop, a, b, out, panels, chunk, *fields):  # type: ignore[
         for r in range(ROWS):
             for c in range(COLUMNS):
                 value = np.float32(sums[r * COLUMNS + c])
-                out[strip * ROWS + r, panel * COLUMNS + c] = value if value == value else NAN
+                out[strip * ROWS + r, across * COLUMNS + c] = value if value == value else NAN
 
 
 # --- fused dot products of finite operands, on a grid -----------------------------------------------------------------
@@ -146,7 +147,7 @@ def _aligned_dots(acc, a, b, terms, fraction, grid, power, plain, inverse, units
             acc[c] = limited(ROUND(x, grid), x, grid)
 
 
-def _aligned(start, stop, a, b, out, panels, chunk, terms, fraction, *fields):  # type: ignore[no-untyped-def]
+def _aligned(start, stop, a, b, out, strips, panels, chunk, terms, fraction, *fields):  # type: ignore[no-untyped-def]
     """Tiles start .. stop of out = a b, as `_on_a_grid`. fraction: 2^-fraction_bits."""
     inner, outer = Grid(*fields[:GRID_FIELDS]), Grid(*fields[GRID_FIELDS:TWO_GRIDS])
     length = a.shape[1]
@@ -154,7 +155,8 @@ def _aligned(start, stop, a, b, out, panels, chunk, terms, fraction, *fields):  
     inverse, units, sums = np.empty(COLUMNS, REAL), np.empty(COLUMNS, WHOLE), np.empty(COLUMNS)
     row = np.empty(length, np.float32)
     for tile in range(start, stop):
-        strip, panel = tile // panels, tile % panels
+        strip, across = tile // panels, tile % panels
+        panel = strip // strips * panels + across
         for r in range(ROWS):
             for k in range(length):
                 row[k] = a[strip, k, r]
@@ -167,7 +169,7 @@ def _aligned(start, stop, a, b, out, panels, chunk, terms, fraction, *fields):  
                     sums[c] = acc[c] if chunk > length else ADD(sums[c], np.float64(acc[c]), outer)
             for c in range(COLUMNS):
                 value = np.float32(sums[c])
-                out[strip * ROWS + r, panel * COLUMNS + c] = value if value == value else NAN
+                out[strip * ROWS + r, across * COLUMNS + c] = value if value == value else NAN
 
 
 # --- any format, any rounding, products that are rounded, fused dot products -----------------------------------------
@@ -327,7 +329,7 @@ class Extent(NamedTuple):
 
 
 def extent(x: torch.Tensor) -> Extent:
-    """Of a float32 matrix."""
+    """Of a float32 tensor."""
     words = x.contiguous().view(-1).numpy().view(np.uint32)
     found = np.zeros((-(-words.size // EXTENT), 4), np.int64)
     cpu.run(EXTENTS, len(found), words, found, threads=torch.get_num_threads(), align=1, elements=EXTENT)
@@ -338,7 +340,10 @@ def extent(x: torch.Tensor) -> Extent:
 def on_a_grid(
     kind: str, mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, chunk: int, inner: Grid, outer: Grid
 ) -> None:
-    """out = a b by the step `kind` of STEPS, rounding to `mode` of MODES. chunk: beyond K for no outer accumulator."""
+    """out = a b, (G, M, K) times (G, K, N), by the step `kind` of STEPS, rounding to `mode` of MODES.
+
+    chunk: beyond K for no outer accumulator.
+    """
     _in_tiles(ON_A_GRID[kind, mode], a, b, out, chunk, *inner, *outer)
 
 
@@ -351,24 +356,33 @@ def aligned(
 
 
 def _in_tiles(loop: Kernel, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, *options: Any) -> None:
-    """out = a b by a loop over tiles of packed operands."""
-    rows, length = a.shape
-    strips, panels = -(-rows // ROWS), -(-b.shape[1] // COLUMNS)
-    by_strip = pad(a, [0, 0, 0, strips * ROWS - rows]).view(strips, ROWS, length)
-    by_panel = pad(b, [0, panels * COLUMNS - b.shape[1]]).view(length, panels, COLUMNS)
-    packed = by_strip.transpose(1, 2).contiguous(), by_panel.transpose(0, 1).contiguous()
-    whole = torch.empty(strips * ROWS, panels * COLUMNS)
-    arguments = (*(x.numpy() for x in (*packed, whole)), panels, *options)
+    """out = a b by a loop over tiles of packed operands; turned round where fewer of them are partly empty: a product
+    has the same bits as that of its factors in the other order."""
+    if _in_whole_tiles(b.shape[2], a.shape[1]) < _in_whole_tiles(a.shape[1], b.shape[2]):
+        a, b, out = b.mT, a.mT, out.mT
+    matrices, rows, length = a.shape
+    columns = b.shape[2]
+    strips, panels = -(-rows // ROWS), -(-columns // COLUMNS)
+    by_strip = pad(a, [0, 0, 0, strips * ROWS - rows]).view(matrices, strips, ROWS, length)
+    by_panel = pad(b, [0, panels * COLUMNS - columns]).view(matrices, length, panels, COLUMNS)
+    packed = by_strip.transpose(2, 3).flatten(0, 1).contiguous(), by_panel.transpose(1, 2).flatten(0, 1).contiguous()
+    whole = torch.empty(matrices * strips * ROWS, panels * COLUMNS)
+    arguments = (*(x.numpy() for x in (*packed, whole)), strips, panels, *options)
     elements = ROWS * COLUMNS * length // PRODUCTS_OF_AN_ELEMENT
-    cpu.run(loop, strips * panels, *arguments, threads=torch.get_num_threads(), align=1, elements=elements)
-    out.copy_(whole[:rows, : b.shape[1]])
+    tiles = matrices * strips * panels
+    cpu.run(loop, tiles, *arguments, threads=torch.get_num_threads(), align=1, elements=elements)
+    out.copy_(whole.view(matrices, strips * ROWS, -1)[:, :rows, :columns])
+
+
+def _in_whole_tiles(rows: int, columns: int) -> int:
+    return -(-rows // ROWS) * ROWS * -(-columns // COLUMNS) * COLUMNS
 
 
 def by_code(
     mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, options: tuple[Any, ...], *fields: Fields
 ) -> None:
-    """The same for the units that `_by_code` is for. options: its arguments from `chunk` to `step`; fields: of the
-    accumulator, the outer one, and the product."""
+    """One matrix, (M, K) times (K, N), by the units that `_by_code` is for. options: its arguments from `chunk` to
+    `step`; fields: of the accumulator, the outer one, and the product."""
     arguments = (a.contiguous().numpy(), b.t().contiguous().numpy(), out.numpy(), *options)
     flat = (field for one in fields for field in one)
     threads = torch.get_num_threads()

@@ -106,7 +106,7 @@ LOOPS = _loops()
 
 
 def extent(x: torch.Tensor) -> Extent:
-    """Of a float32 matrix. Waits for the device: the step is chosen from it."""
+    """Of a float32 tensor. Waits for the device: the step is chosen from it."""
     mantissa, exponent = torch.frexp(x)
     significand = (mantissa.abs() * 2.0**24).to(torch.int32)
     last = torch.frexp((significand & -significand).float()).exponent - 1
@@ -120,9 +120,10 @@ def extent(x: torch.Tensor) -> Extent:
 def on_a_grid(
     kind: str, mode: str, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, chunk: int, inner: Grid, outer: Grid
 ) -> None:
-    blocks = -(-a.shape[0] // TILE_ROWS) * -(-b.shape[1] // TILE_COLUMNS)
     name = f"matmul_{kind}_{mode}"
-    launch(LOOPS[name], name, blocks, (a.contiguous(), b.contiguous(), out, chunk, tuple(inner), tuple(outer)))
+    blocks = -(-a.shape[1] // TILE_ROWS) * -(-b.shape[2] // TILE_COLUMNS)
+    for one, other, target in zip(a.contiguous(), b.contiguous(), out, strict=True):
+        launch(LOOPS[name], name, blocks, (one, other, target, chunk, tuple(inner), tuple(outer)))
 
 
 def by_code(

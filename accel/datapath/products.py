@@ -52,9 +52,17 @@ def matmul(
 
 
 def multiply(
-    a: torch.Tensor, b: torch.Tensor, unit: Mac, seed: int = 0, stream: int = 0, step: int = 0, offset: int = 0
+    a: torch.Tensor,
+    b: torch.Tensor,
+    unit: Mac,
+    seed: int = 0,
+    stream: int = 0,
+    step: int = 0,
+    offset: int = 0,
+    between: int | None = None,
 ) -> torch.Tensor:
-    """`matmul` of tensors, without gradient."""
+    """`matmul` of tensors, without gradient. between: from the number of the first element of a matrix of the result to
+    that of the next one, None for its size."""
     batch, is_empty = _checked(a, b)
     left = a if unit.a is None else quantize(a, unit.a)
     right = b if unit.b is None else quantize(b, unit.b)
@@ -62,11 +70,14 @@ def multiply(
         return _integer_product(left, right, unit)
     words = np.uint64(seed & LARGEST_WORD), np.uint64(stream), np.uint64(step)
     result = torch.zeros(*batch, a.shape[-2], b.shape[-1], device=a.device)
-    size = result.shape[-2] * result.shape[-1]
-    for number in range(0 if is_empty else math.prod(batch)):
-        place = np.unravel_index(number, batch) if batch else ()
-        rows, columns = (x.expand(*batch, *x.shape[-2:])[place] for x in (left, right))
-        _product(rows, columns, unit, result[place], offset + number * size, words)
+    if is_empty:
+        return result
+    if b.ndim == 2 and between is None:  # one matrix, of all rows
+        left, right, out = left.reshape(1, -1, a.shape[-1]), right[None], result.view(1, -1, b.shape[-1])
+    else:
+        left, right = (x.expand(*batch, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (left, right))
+        out = result.view(-1, *result.shape[-2:])
+    _product(left, right, unit, out, offset, out[0].numel() if between is None else between, words)
     return result
 
 
@@ -110,26 +121,26 @@ def _integer_product(a: torch.Tensor, b: torch.Tensor, unit: Mac) -> torch.Tenso
 
 
 def _product(
-    a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, words: tuple[Any, Any, Any]
-) -> None:
-    """One matrix product into `out`, whose first element has the number `first`."""
-    length = a.shape[1]
+    a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, between: int,
+    words: tuple[Any, Any, Any],
+) -> None:  # fmt: skip
+    """Matrix products (G, M, K) times (G, K, N) into `out`, whose matrices begin with the numbers first + g between."""
+    length = a.shape[2]
     chunk = length + 1 if unit.chunk is None else min(unit.chunk, length)
     accumulator = unit.accumulator
     assert isinstance(accumulator, Format)
     outer = unit.outer or accumulator
     loops, is_fused = backend(a), unit.terms > 1
-    if (
+    is_by_code = (
         unit.rounding == "stochastic"
-        or unit.product
+        or unit.product is not None
         or (is_fused and loops is not cpu)
         or not (_has_grid(accumulator) and _has_grid(outer))
-    ):
-        _by_code(a, b, unit, out, first, words, chunk)
-        return
-    extents = loops.extent(a), loops.extent(b)
-    if is_fused and (extents[0].is_special or extents[1].is_special):
-        _by_code(a, b, unit, out, first, words, chunk)
+    )
+    extents = None if is_by_code else (loops.extent(a), loops.extent(b))
+    if extents is None or (is_fused and (extents[0].is_special or extents[1].is_special)):
+        for number, (one, other, target) in enumerate(zip(a, b, out, strict=True)):
+            _by_code(one, other, unit, target, first + number * between, words, chunk)
         return
     kind = (_fused_kind if is_fused else _kind)(unit, accumulator, length, *extents)
     mode = "nearest" if unit.rounding == "nearest_even" else "zero"
@@ -145,6 +156,7 @@ def _product(
 def _by_code(
     a: torch.Tensor, b: torch.Tensor, unit: Mac, out: torch.Tensor, first: int, words: tuple[Any, Any, Any], chunk: int
 ) -> None:
+    """One matrix product into `out`, whose first element has the number `first`."""
     accumulator = unit.accumulator
     assert isinstance(accumulator, Format)
     sums = [_values(fmt, unit.rounding, unit) for fmt in (accumulator, unit.outer or accumulator)]
