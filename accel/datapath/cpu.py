@@ -363,8 +363,9 @@ def _in_tiles(loop: Kernel, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor,
     matrices, rows, length = a.shape
     columns = b.shape[2]
     strips, panels = -(-rows // ROWS), -(-columns // COLUMNS)
-    by_strip = pad(a, [0, 0, 0, strips * ROWS - rows]).view(matrices, strips, ROWS, length)
-    by_panel = pad(b, [0, panels * COLUMNS - columns]).view(matrices, length, panels, COLUMNS)
+    below, beside = strips * ROWS - rows, panels * COLUMNS - columns
+    by_strip = (pad(a, [0, 0, 0, below]) if below else a).unflatten(1, (strips, ROWS))
+    by_panel = (pad(b, [0, beside]) if beside else b).unflatten(2, (panels, COLUMNS))
     packed = by_strip.transpose(2, 3).flatten(0, 1).contiguous(), by_panel.transpose(1, 2).flatten(0, 1).contiguous()
     whole = torch.empty(matrices * strips * ROWS, panels * COLUMNS)
     arguments = (*(x.numpy() for x in (*packed, whole)), strips, panels, *options)
