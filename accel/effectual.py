@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn import functional
 
 from accel.datapath.convolution import Convolution, forward_axes, unfolded
 from accel.ledger import GRANULARITIES, Effectual
@@ -33,23 +33,44 @@ class Counted(NamedTuple):
 
 def count_forward(x: Tensor, w: Tensor, conv: Convolution) -> Counted:
     """Products of x (N, C, *spatial) and w (O, C / groups, *kernel), both masks (bool) of what is nonzero."""
-    places = x.shape[0] * math.prod(conv.positions(tuple(x.shape[2:]), tuple(w.shape[2:])))
-    effectual = {of: _forward(_coarse(x, of), _coarse(w, of), conv) for of in GRANULARITIES}
-    return Counted(places, w.shape[0] // conv.groups, math.prod(w.shape[1:]), conv.groups, effectual)
+    axes = forward_axes(conv, tuple(x.shape[2:]), tuple(w.shape[2:]))
+    places, outputs = x.shape[0] * math.prod(axis.count for axis in axes), w.shape[0] // conv.groups
+    effectual = {}
+    for of in GRANULARITIES:
+        in_batch = _each(_vectors(x, of).sum(0, keepdim=True, dtype=torch.int32), of, x.shape[1])  # (1, C, *spatial)
+        at_places = unfolded(in_batch, axes)  # (1, *positions, C, *taps)
+        of_x = at_places.flatten(1, len(axes)).sum(1)[0] if axes else at_places[0]  # (C, *taps)
+        coarse = _each(_vectors(w, of), of, w.shape[1])
+        of_w = coarse.unflatten(0, (conv.groups, -1)).sum(1).flatten(0, 1)  # (C, *taps)
+        effectual[of] = Effectual(
+            int(of_x.sum()) * outputs, int(coarse.sum()) * places, int((of_x.long() * of_w).sum())
+        )
+    return Counted(places, outputs, math.prod(w.shape[1:]), conv.groups, effectual)
 
 
 def count_dgrad(y: Tensor, w: Tensor, conv: Convolution) -> Counted:
     """Products of y (N, O, *positions) and w, both masks; those whose sums lie in the padding count, too."""
-    places = y.shape[0] * math.prod(y.shape[2:])
-    effectual = {of: _dgrad(_coarse(y, of), _coarse(w, of), conv) for of in GRANULARITIES}
-    return Counted(places, math.prod(w.shape[1:]), w.shape[0] // conv.groups, conv.groups, effectual)
+    places, inputs = y.shape[0] * math.prod(y.shape[2:]), math.prod(w.shape[1:])
+    others = [dim for dim in range(y.ndim) if dim != 1]
+    effectual = {}
+    for of in GRANULARITIES:
+        of_y = _each(_vectors(y, of).sum(others), of, y.shape[1], dim=0)
+        of_w = _each(_vectors(w, of), of, w.shape[1]).flatten(1).sum(1)
+        effectual[of] = Effectual(int(of_y.sum()) * inputs, int(of_w.sum()) * places, int((of_y * of_w).sum()))
+    return Counted(places, inputs, w.shape[0] // conv.groups, conv.groups, effectual)
 
 
 def count_wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...]) -> Counted:
     """Products of x and y, both masks."""
     places, inputs = y.shape[0] * math.prod(y.shape[2:]), x.shape[1] // conv.groups * math.prod(kernel)
-    effectual = {of: _wgrad(_coarse(x, of), _coarse(y, of), conv, kernel) for of in GRANULARITIES}
-    return Counted(inputs, y.shape[1] // conv.groups, places, conv.groups, effectual)
+    outputs = y.shape[1] // conv.groups
+    effectual = {}
+    for of in GRANULARITIES:
+        of_x = _windows(_in_groups(x, of, conv.groups), conv, kernel)
+        of_y = _in_groups(y, of, conv.groups)
+        both = (of_x.double() * of_y).sum()
+        effectual[of] = Effectual(int(of_x.double().sum()) * outputs, int(of_y.double().sum()) * inputs, int(both))
+    return Counted(inputs, outputs, places, conv.groups, effectual)
 
 
 def count_matmul(a: Tensor, b: Tensor) -> Counted:
@@ -68,40 +89,42 @@ def count_matmul(a: Tensor, b: Tensor) -> Counted:
 def _coarse_in_memory(mask: Tensor, granularity: int) -> Tensor:
     is_transposed = mask.stride(-2) == 1 and mask.shape[-1] > 1
     rows = mask.mT if is_transposed else mask
-    coarse = _coarse(rows.reshape(-1, rows.shape[-1]), granularity).view(rows.shape)
+    flat = rows.reshape(-1, rows.shape[-1])
+    coarse = _each(_vectors(flat, granularity), granularity, flat.shape[1]).view(rows.shape)
     return coarse.mT if is_transposed else coarse
 
 
-def _coarse(mask: Tensor, granularity: int) -> Tensor:
-    """mask (N, C, ...) with its vectors along C as a whole."""
+def _vectors(mask: Tensor, granularity: int) -> Tensor:
+    """Of a mask (N, C, ...) whether vectors along C hold a nonzero: (N, vectors, ...), the last one perhaps shorter."""
     if granularity == 1:
         return mask
-    channels = mask.shape[1]
-    padded = pad(mask, [0, 0] * (mask.ndim - 2) + [0, -channels % granularity])
-    return padded.unflatten(1, (-1, granularity)).any(2).repeat_interleave(granularity, 1)[:, :channels]
+    missing = -mask.shape[1] % granularity
+    padded = functional.pad(mask, [0, 0] * (mask.ndim - 2) + [0, missing]) if missing else mask
+    return padded.unflatten(1, (-1, granularity)).any(2)
 
 
-def _forward(x: Tensor, w: Tensor, conv: Convolution) -> Effectual:
-    axes = forward_axes(conv, tuple(x.shape[2:]), tuple(w.shape[2:]))
-    at_places = unfolded(x.sum(0, keepdim=True), axes)  # (1, *positions, C, *taps)
-    of_x = at_places.flatten(1, len(axes)).sum(1)[0] if axes else at_places[0]  # (C, *taps)
-    of_w = w.unflatten(0, (conv.groups, -1)).sum(1).flatten(0, 1)  # (C, *taps)
-    places = x.shape[0] * math.prod(axis.count for axis in axes)
-    outputs = w.shape[0] // conv.groups
-    return Effectual(int(of_x.sum()) * outputs, int(w.sum()) * places, int((of_x * of_w).sum()))
+def _each(of_vectors: Tensor, granularity: int, channels: int, dim: int = 1) -> Tensor:
+    """A number for each vector as one for each of its channels."""
+    if granularity == 1:
+        return of_vectors
+    return of_vectors.repeat_interleave(granularity, dim).narrow(dim, 0, channels)
 
 
-def _dgrad(y: Tensor, w: Tensor, conv: Convolution) -> Effectual:
-    of_y, of_w = y.transpose(0, 1).flatten(1).sum(1), w.flatten(1).sum(1)
-    places = y.shape[0] * math.prod(y.shape[2:])
-    return Effectual(int(of_y.sum()) * math.prod(w.shape[1:]), int(of_w.sum()) * places, int((of_y * of_w).sum()))
+def _in_groups(mask: Tensor, granularity: int, groups: int) -> Tensor:
+    """How many nonzeros each group of channels has at each place, vectors being whole: (N, groups, ...), float32."""
+    vectors, channels = _vectors(mask, granularity), mask.shape[1] // groups
+    if channels % granularity and groups > 1:
+        return _each(vectors, granularity, mask.shape[1]).unflatten(1, (groups, -1)).sum(2, dtype=torch.float32)
+    found = vectors.unflatten(1, (groups, -1)).sum(2, dtype=torch.float32) * granularity
+    missing = -channels % granularity
+    return found - vectors[:, -1:].float() * missing if missing else found
 
 
-def _wgrad(x: Tensor, y: Tensor, conv: Convolution, kernel: tuple[int, ...]) -> Effectual:
-    axes = forward_axes(conv, tuple(x.shape[2:]), kernel)
-    by_group = x.unflatten(1, (conv.groups, -1)).sum(2, dtype=torch.int32)
-    windows = unfolded(by_group, axes)  # (N, *positions, groups, *taps)
-    of_x = windows.flatten(len(axes) + 2).sum(-1) if axes else windows  # (N, *positions, groups)
-    of_y = y.unflatten(1, (conv.groups, -1)).sum(2).movedim(1, -1)
-    inputs, outputs = x.shape[1] // conv.groups * math.prod(kernel), y.shape[1] // conv.groups
-    return Effectual(int(of_x.sum()) * outputs, int(y.sum()) * inputs, int((of_x * of_y).sum()))
+def _windows(x: Tensor, conv: Convolution, kernel: tuple[int, ...]) -> Tensor:
+    """Sums of x (N, groups, *spatial) over the taps at each position; exact below 2^24."""
+    if not kernel:
+        return x
+    add = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[len(kernel)]
+    ones = torch.ones(1, 1, *kernel, device=x.device)
+    found = add(x.flatten(0, 1).unsqueeze(1), ones, None, conv.stride, conv.padding, conv.dilation)
+    return found.view(*x.shape[:2], *found.shape[2:])

@@ -42,6 +42,8 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "statistics": [(Distributions, "record"), (LayerPruning, "measure")],
     "ledger": [
         (Emulator, "_stored"),
+        (Emulator, "_record_products"),
+        (Emulator, "_record_gradient_products"),
         (Recorder, "layer"),
         (Recorder, "gradient"),
         (Recorder, "update"),
