@@ -4,8 +4,8 @@ For y = x * w (see `accel.datapath.convolution`) each pass multiplies the same p
 wgrad (x, y), the gradients in the places of their tensors. A pair counts where both are nonzero; NaN is nonzero. Where
 x is padding it is zero. A sum over pairs is a sum of products of sums, so nothing is multiplied out.
 
-A vector of `granularity` neighbours along the channels (of w along its inputs) counts as nonzero as a whole when one of
-them is: what hardware sees that skips whole vectors.
+A vector of `granularity` neighbours along the channels (of w along its inputs), also of several groups, counts as nonzero
+as a whole when one of them is: what hardware sees that skips whole vectors.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def count_matmul(a: Tensor, b: Tensor) -> Counted:
 def _coarse_in_memory(mask: Tensor, granularity: int) -> Tensor:
     is_transposed = mask.stride(-2) == 1 and mask.shape[-1] > 1
     rows = mask.mT if is_transposed else mask
-    flat = rows.reshape(-1, rows.shape[-1])
+    flat = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1])
     coarse = _each(_vectors(flat, granularity), granularity, flat.shape[1]).view(rows.shape)
     return coarse.mT if is_transposed else coarse
 

@@ -53,7 +53,7 @@ from fpsim.layers import (
     pruned_layers,
     unsupported_layers,
 )
-from fpsim.products import AS_IT_IS, LayerCall, LayerProduct, ModuleCall, Operand, Products
+from fpsim.products import AS_IT_IS, LayerCall, LayerProduct, Made, ModuleCall, Operand, Products
 from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.saved import Kept, SavedTensors
 from fpsim.scales import largest_magnitude, sample, scale_of
@@ -395,7 +395,10 @@ class Emulator:
             module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             weight, x = module._parameters["weight"], _input_of(arguments, named)
-            assert isinstance(weight, nn.Parameter)
+            if not isinstance(weight, nn.Parameter):
+                raise RunError(
+                    f"layer {name!r} is called with a weight that is not its parameter: it cannot be emulated"
+                )
             self._check_call(name, spec, x)
             self._ran.add(name)
             self._check_samples(name)
@@ -408,8 +411,8 @@ class Emulator:
                     w_stored = self._stored(rounded_weight, spec.weights, w_scale, input_dim(module))
                 self._recorder.layer(name, x, x_stored, weight, w_stored)
             operands = _operand(spec.activations, x_scale), _operand(spec.weights, w_scale)
-            calls.append(LayerCall(rounded_weight, spec.datapath, self._words_of_passes(name), *operands))
-            self._products.running.append(calls[-1])
+            calls.append(LayerCall(name, rounded_weight, spec.datapath, self._words_of_passes(name), *operands))
+            self._enter(calls[-1], spec.datapath)
             originals.append(weight)
             module._parameters["weight"] = rounded_weight  # type: ignore[assignment]
             if arguments:
@@ -421,14 +424,17 @@ class Emulator:
                 return  # the hook before has raised
             module._parameters["weight"] = originals.pop()
             products = calls.pop()
-            self._products.leave(products)
+            self._leave(products, spec.datapath)
             if output is not None and spec.datapath is not None and not products.products:
                 message = (
                     "does not multiply its weight by a linear map or a convolution: its datapath cannot be emulated"
                 )
                 raise RunError(f"layer {name!r} ({type(module).__name__}) {message}")
             by_sample = self.weight_pruning if self._counts_samples(name) else None
-            multiplied = self._record_products(name, products) if self._recording and output is not None else []
+            made, products.products = products.products, []
+            multiplied = (
+                self._record_products(name, products.weight, made) if self._recording and output is not None else []
+            )
             is_observed = self._trains and (spec.gradients is not None or self._recording or by_sample is not None)
             if output is None or not is_observed:  # None: the layer raised
                 return
@@ -446,12 +452,21 @@ class Emulator:
                     micro_batch=self._recorder.micro_batch if self._recording else None,
                 )
 
+                at_output = {id(one.product): one.product for one in made if one.is_still(output)}
+                counted_there = [one for one in multiplied if id(one.product) in at_output]
+                for one, by in zip(multiplied, made, strict=False):
+                    if not by.is_still(output) and by.result.requires_grad:  # the layer does more than multiply
+                        by.result.register_hook(partial(self._record_gradient_products, name, [one], call))
+                sampled = None if by_sample is None else x.detach()
+                del made, x
+
                 def arrived(dy: Tensor) -> Tensor:
                     dy, operand = self._gradient(name, spec.gradients, dy, call)
-                    products.arrived(operand)
-                    self._record_gradient_products(name, multiplied, dy, call)
-                    if by_sample is not None:
-                        by_sample.samples(name, x.detach(), dy)
+                    for product in at_output.values():
+                        product.gradient = operand
+                    self._record_gradient_products(name, counted_there, call, dy)
+                    if by_sample is not None and sampled is not None:
+                        by_sample.samples(name, sampled, dy)
                     return dy
 
                 output.register_hook(arrived)
@@ -465,15 +480,18 @@ class Emulator:
         def before(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             if datapath is None and not self._recording:
                 return
+            if datapath is not None and torch._C._current_graph_task_id() != -1:
+                message = "is recomputed in backward: activation checkpointing cannot be emulated"
+                raise RunError(f"module {name!r} {message}")
             place = f"{name}/products{self._next_occurrence(f'{name}/products')}"
             count = partial(self._count_product, name, self._recorder.micro_batch) if self._recording else None
             words = lambda number, which: self._words(f"{place}/{number}/{which}")  # noqa: E731
             calls.append(ModuleCall(name, datapath, words, count))
-            self._products.running.append(calls[-1])
+            self._enter(calls[-1], datapath)
 
         def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             if calls:
-                self._products.leave(calls.pop())
+                self._leave(calls.pop(), datapath)
 
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, always_call=True))
@@ -487,13 +505,24 @@ class Emulator:
         occurrence = self._occurrence_of(name)
         return lambda which: self._words(f"{name}/{which}{occurrence}")
 
-    def _record_products(self, name: str, call: LayerCall) -> list[_Multiplied]:
-        found = [_Multiplied(one, one.samples(x) != 0, call.weight.detach() != 0) for one, x in call.products]
+    def _enter(self, call: LayerCall | ModuleCall, datapath: Datapath | None) -> None:
+        """A layer or module begins. Where it is emulated it may be called by itself, outside the model's forward."""
+        if datapath is not None:
+            self._products.begin_forward()
+        self._products.running.append(call)
+
+    def _leave(self, call: LayerCall | ModuleCall, datapath: Datapath | None) -> None:
+        self._products.leave(call)
+        if datapath is not None:
+            self._products.end_forward()
+
+    def _record_products(self, name: str, weight: Tensor, made: list[Made]) -> list[_Multiplied]:
+        found = [_Multiplied(one.product, one.product.samples(one.x) != 0, weight.detach() != 0) for one in made]
         for one in found:
             self._record_product(name, "forward", one, self._recorder.micro_batch)
         return found
 
-    def _record_gradient_products(self, name: str, found: list[_Multiplied], dy: Tensor, call: _Call) -> None:
+    def _record_gradient_products(self, name: str, found: list[_Multiplied], call: _Call, dy: Tensor) -> None:
         for one in found:
             mask = one.product.samples(dy) != 0
             for which, is_made in (("dgrad", call.has_dgrad), ("wgrad", call.has_wgrad)):
@@ -595,10 +624,10 @@ class Emulator:
             return x, None
         key = id(x), spec.activations, channel_dim
         known = self._rounded_inputs.get(key)
-        if known is None or known[0]() is not x or known[1] != x._version:
+        if known is None or known[0]() is not x or known[1] != _version(x):
             forget = weakref.ref(x, lambda _: self._rounded_inputs.pop(key, None))
             rounded = self._round(x, spec.activations, name, "activation", stream, channel_dim, channel_dim)
-            known = forget, x._version, *rounded
+            known = forget, _version(x), *rounded
             self._rounded_inputs[key] = known
         if self._saved is not None:
             self._saved.lies_on_grid(known[2], along(format_of(spec.activations), channel_dim), known[3])
@@ -615,9 +644,9 @@ class Emulator:
             return masked, None
         key = f"{self._mode}{name}" if spec.weights.scale == "delayed" else name  # evaluation leaves its history
         known = self._rounded_weights.get(key)
-        if known is None or known[:2] != (weight.data_ptr(), weight._version):
+        if known is None or known[:2] != (weight.data_ptr(), _version(weight)):
             rounded = self._round(masked, spec.weights, name, "weight", f"{name}/weight", output_dim, input_dim)
-            known = self._rounded_weights[key] = (weight.data_ptr(), weight._version, *rounded)
+            known = self._rounded_weights[key] = (weight.data_ptr(), _version(weight), *rounded)
         if self._saved is not None:
             self._saved.leave(known[2])
         return _StraightThrough.apply(masked, known[2]) if weight.requires_grad else known[2], known[3]
@@ -708,7 +737,7 @@ class Emulator:
             with _named(f"gradient of layer {name!r}"):
                 stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
-        return rounded, Operand(fmt, scale, alpha, rounded.data_ptr())
+        return rounded, Operand(fmt, scale, alpha, rounded)
 
     def _count_sparsity(self, pruning: LayerPruning, total: accel.Counts) -> None:
         pruning.record(total)
@@ -767,6 +796,11 @@ def _alpha_kept(spec: GradientSpec) -> str:
     if accel.find_codec(spec.codec).tags_alpha:
         return "streams"
     return "reserved" if isinstance(fmt, accel.Format) and fmt.alpha_codes else "snap"
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written in place; tensors of inference mode do not count it."""
+    return 0 if x.is_inference() else x._version
 
 
 def _operand(spec: TensorSpec | None, scale: Scale) -> Operand:

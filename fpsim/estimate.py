@@ -130,6 +130,8 @@ def _show_layers(one: Estimate) -> None:
     print_table(header, [[layer, *_layer(rows, one)] for layer, rows in layers.items()])
     for scheme, reason in one.absent.items():
         print(f"no {scheme}: {reason}")
+    if one.uncounted:
+        print(f"not counted, as they multiply in another way than is seen: {', '.join(one.uncounted)}")
     if one.unrecorded:
         print(f"multiplied on chip, as their tensors are not in the ledger: {', '.join(one.unrecorded)}")
     macs = one.mac_time()
@@ -251,7 +253,11 @@ def draw_roofline(canvas: Figure, estimated: Estimated) -> None:
 def _draw_machine(axes: Axes, one: Estimate) -> None:
     main, hertz = one.machine.levels[-1], one.machine.clock_mhz * 1e6
     points = {scheme: one.roofline(scheme) for scheme in one.schemes}
+    axes.set_title(one.machine.name, fontsize=10)
     intensities = [point.macs_per_byte for shown in points.values() for point in shown]
+    if not intensities:
+        axes.text(0.5, 0.5, "nothing is multiplied from main memory", ha="center", transform=axes.transAxes)
+        return
     low, high = 0.5 * min(intensities), 2 * max(intensities)
     for scheme, shown in points.items():
         color = SCHEME_COLORS[scheme]
@@ -269,7 +275,6 @@ def _draw_machine(axes: Axes, one: Estimate) -> None:
     axes.set(xscale="log", yscale="log", xlabel=f"MACs per byte of {main.name}", ylabel="MACs a second")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title(one.machine.name, fontsize=10)
 
 
 def draw_costs(canvas: Figure, estimated: Estimated) -> None:

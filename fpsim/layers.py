@@ -135,12 +135,21 @@ def _check_datapath(name: str, layer: nn.Module, spec: LayerSpec) -> None:
         for role, operand in zip(roles, (unit.a, unit.b), strict=True):
             tensor: TensorSpec | None = getattr(spec, role)
             if tensor is None:
+                if unit.is_integer:
+                    message = f"the unit {unit.name!r} multiplies integers, its {role} are float32"
+                    raise PatternError(place, f"{message} (layer {name!r})")
                 continue
             sums_along_channels = (which, role) != ("forward", "weights")
             if tensor.granularity == "channel" and sums_along_channels:
                 message = f"adds up products with the several scales of its {role}: their granularity must be 'tensor'"
                 raise PatternError(place, f"{message} (layer {name!r})")
             fmt = format_of(tensor)
+            keeps_alpha = (
+                isinstance(tensor, GradientSpec) and tensor.pruning and accel.find_codec(tensor.codec).tags_alpha
+            )
+            if operand is not None and keeps_alpha:
+                message = f"the unit {unit.name!r} takes {operand.name}, off whose grid +-alpha of the {role} may lie"
+                raise PatternError(place, f"{message} (layer {name!r})")
             if operand is not None and not _holds(operand, fmt):
                 message = (
                     f"the unit {unit.name!r} takes {operand.name}, its {role} are {fmt.name}, which it cannot hold"

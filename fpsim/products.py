@@ -11,12 +11,14 @@ A unit sees the codes' own values of a tensor; the scales multiply the result, s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -30,8 +32,13 @@ from fpsim.recorder import Scale
 
 CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 TRANSPOSED: dict[Any, int] = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
-MATMULS = ("matmul", "mm", "bmm")
-OTHER_PRODUCTS = ("einsum", "baddbmm", "addmm", "addbmm", "tensordot", "chain_matmul", "multi_dot", "__rmatmul__")
+MATMULS = ("matmul", "mm", "bmm", "linalg_matmul")
+OTHER_PRODUCTS = (
+    "einsum", "baddbmm", "addmm", "addbmm", "addmv", "addr", "mv", "dot", "vdot", "inner", "outer", "ger", "tensordot",
+    "chain_matmul", "linalg_multi_dot", "linalg_vecdot", "linalg_matrix_power", "multi_dot", "matrix_power", "bilinear",
+    "kron", "cov", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "multi_head_attention_forward", "_native_multi_head_attention", "__rmatmul__",
+)  # fmt: skip
 
 Words = Any  # seed, stream and step of random words, by name
 WordsOf = Callable[[str], Words]  # of a pass
@@ -39,13 +46,13 @@ WordsOf = Callable[[str], Words]  # of a pass
 
 @dataclass(frozen=True)
 class Operand:
-    """How a rounded tensor lies on its format's grid. alpha: of a pruned gradient, off the grid or on it. place: of the
-    tensor in memory, where that tells it from others."""
+    """How a rounded tensor lies on its format's grid. alpha: of a pruned gradient, off the grid or on it. tensor: the
+    tensor, where that must be told from others."""
 
     fmt: accel.Format | accel.BlockFormat | None = None
     scale: Scale = None
     alpha: float = 0.0
-    place: int | None = None
+    tensor: Tensor | None = None
 
     def codes(self, x: Tensor) -> Tensor:
         """The values of the codes of x, without the scale."""
@@ -53,7 +60,8 @@ class Operand:
             return x
         is_alpha = x.abs() == self.alpha if self.alpha else None
         on_grid = x if is_alpha is None else x.masked_fill(is_alpha, 0.0)
-        values = accel.decode(accel.encode(on_grid, self.fmt, scale=self.scale), self.fmt)
+        codes = accel.encode(on_grid, self.fmt, scale=self.scale)
+        values = accel.decode(codes, self.fmt, alpha=0.0 if self.fmt.alpha_codes else None)
         return values if is_alpha is None else torch.where(is_alpha, x / self.scale, values)
 
 
@@ -65,6 +73,7 @@ class LayerProduct:
     """What a layer does with its weight in one call, in all three passes: y = x * w, for a transposed convolution
     turned round. spatial: size of the side that the kernel moves over. gradient: of dY, once that has arrived."""
 
+    layer: str
     conv: Convolution
     is_transposed: bool
     spatial: tuple[int, ...]
@@ -77,7 +86,7 @@ class LayerProduct:
     def samples(self, x: Tensor) -> Tensor:
         """x or dy as (N, channels, *spatial)."""
         if not self.spatial:
-            return x.reshape(-1, x.shape[-1])
+            return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         return x.unsqueeze(0) if x.ndim == len(self.spatial) + 1 else x
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
@@ -97,18 +106,26 @@ class LayerProduct:
         if self.datapath.dgrad is None:
             return self._torch_gradients(dy, x, w, [True, False, False])[0] if self.spatial else dy @ w
         multiply = self._narrowed if self.is_transposed else self._widened
-        dx = multiply(operand.codes(dy), self.w.codes(w), mac(self.datapath.dgrad), self.words("dgrad"))
+        dx = multiply(operand.codes(dy), self.w.codes(w), self._unit("dgrad", operand), self.words("dgrad"))
         return _scaled(dx, operand.scale, self.w.scale)
 
     def wgrad(self, dy: Tensor, operand: Operand, x: Tensor, w: Tensor) -> Tensor:
         """The gradient by w, which is given for its shape."""
         if self.datapath.wgrad is None:
             return self._torch_gradients(dy, x, w, [False, True, False])[1] if self.spatial else dy.t() @ x
-        unit, words = mac(self.datapath.wgrad), self.words("wgrad")
+        unit, words = self._unit("wgrad", operand), self.words("wgrad")
         wide, narrow, kernel = self.x.codes(x), operand.codes(dy), tuple(w.shape[2:])
         if self.is_transposed:
             wide, narrow, unit = narrow, wide, replace(unit, a=unit.b, b=unit.a)
         return _scaled(accel.conv_wgrad(wide, narrow, self.conv, kernel, unit, **words), operand.scale, self.x.scale)
+
+    def _unit(self, which: str, gradient: Operand) -> accel.Mac:
+        """Of a backward pass. Raises RunError for integers of a dY that is none."""
+        unit = mac(getattr(self.datapath, which))
+        if unit.is_integer and gradient is AS_IT_IS:
+            message = f"needs a rounded dY for the integers of {unit.name!r}: it is float32 in evaluation, and where"
+            raise RunError(f"layer {self.layer!r}, {which}: {message} the layer does more than multiply")
+        return unit
 
     def count(self, which: str, x: Tensor, w: Tensor, dy: Tensor | None = None) -> Counted:
         """What a pass multiplies; all masks of nonzeros, x and dy samples."""
@@ -141,12 +158,15 @@ class LayerProduct:
 
 
 def _scaled(result: Tensor, first: Scale, second: Scale) -> Tensor:
-    """An emulated result times the operands' scales: their product in float64, one float32 multiplication."""
+    """An emulated result times the operands' scales: their product in float64, then one float32 multiplication
+    (one of float64 where float32 does not hold their product)."""
     result = result.to(torch.float32)
     if first is None and second is None:
         return result
     one, other = (torch.as_tensor(1.0 if s is None else s, dtype=torch.float64) for s in (first, second))
-    return result * (one * other).to(device=result.device, dtype=torch.float32)
+    both = (one * other).to(result.device)
+    is_normal = bool(((both >= 2.0**-126) & (both < 2.0**127)).all())
+    return result * both.float() if is_normal else (result.double() * both).float()
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -157,35 +177,70 @@ class _LayerFunction(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.product = product
         samples = product.samples(x)
-        y = product.forward(samples, w)
-        return y.view(*x.shape[: x.ndim - len(samples.shape[1:])], *y.shape[1:])
+        with _named(product.layer, "forward"):
+            y = product.forward(samples, w)
+        shape = *x.shape[: x.ndim - len(samples.shape[1:])], *y.shape[1:]
+        if y.shape == shape:
+            return y
+        strides = torch.empty(shape, device="meta").stride()  # not as a view: what follows may write in place
+        return y.new_empty(0).set_(y.contiguous().untyped_storage(), 0, shape, strides)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (x, w), product, dy = ctx.saved_tensors, ctx.product, gradients[0]
-        is_known = product.gradient.place == dy.data_ptr()  # not where the layer does more than multiply
-        given = product.samples(dy), product.gradient if is_known else AS_IT_IS, product.samples(x), w
-        dx = product.dgrad(*given).reshape(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, product.wgrad(*given) if ctx.needs_input_grad[1] else None, None
+        arrived, product.gradient = product.gradient, AS_IT_IS
+        rounded = arrived.tensor
+        is_it = rounded is not None and rounded.data_ptr() == dy.data_ptr() and rounded.shape == dy.shape
+        given = product.samples(dy), arrived if is_it else AS_IT_IS, product.samples(x), w
+        dx, dw = None, None
+        if ctx.needs_input_grad[0]:
+            with _named(product.layer, "dgrad"):
+                dx = product.dgrad(*given).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            with _named(product.layer, "wgrad"):
+                dw = product.wgrad(*given)
+        return dx, dw, None
+
+
+@contextmanager
+def _named(layer: str, which: str) -> Iterator[None]:
+    """Raises RunError that names the layer where its unit cannot multiply."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"layer {layer!r}, {which}: {error}") from error
+
+
+class Made(NamedTuple):
+    """A product that a layer has made: of the input x, with that result, by a node of autograd."""
+
+    product: LayerProduct
+    x: Tensor
+    result: Tensor
+    node: Any
+
+    def is_still(self, output: Tensor) -> bool:
+        """Whether the layer returns the result as it was, so that dY of the layer is that of the product."""
+        return output is self.result and output.grad_fn is self.node
 
 
 class LayerCall:
-    """What a running layer's function calls go through. products: that it has made, with their inputs.
+    """What a running layer's function calls go through. products: that it has made.
 
     weight: what the layer multiplies by. x, w: of its input and of that. datapath: None where torch multiplies.
     """
 
-    def __init__(self, weight: Tensor, datapath: Datapath | None, words: WordsOf, x: Operand, w: Operand) -> None:
-        self.weight, self.datapath, self.words, self.x, self.w = weight, datapath or Datapath(), words, x, w
-        self.products: list[tuple[LayerProduct, Tensor]] = []
-
-    def arrived(self, gradient: Operand) -> None:
-        """dY of the layer has arrived."""
-        for product, _ in self.products:
-            product.gradient = gradient
+    def __init__(
+        self, layer: str, weight: Tensor, datapath: Datapath | None, words: WordsOf, x: Operand, w: Operand
+    ) -> None:
+        self.layer, self.weight, self.words, self.x, self.w = layer, weight, words, x, w
+        self.datapath = datapath or Datapath()
+        self.products: list[Made] = []
 
     def __call__(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         spatial: tuple[int, ...] = ()
+        output_padding: tuple[int, ...] = ()
         if func is functional.linear:
             x, w, bias = _linear_arguments(*args, **named)
             conv = Convolution()
@@ -193,17 +248,24 @@ class LayerCall:
             x, w, bias, conv = _conv_arguments(CONVOLUTIONS[func], *args, **named)
             spatial = tuple(x.shape[x.ndim - len(conv.stride) :])
         elif func in TRANSPOSED:
-            x, w, bias, conv, spatial = _transposed_arguments(TRANSPOSED[func], *args, **named)
+            x, w, bias, conv, spatial, output_padding = _transposed_arguments(TRANSPOSED[func], *args, **named)
         else:
+            return func(*args, **named)
+        is_emulated = self.datapath != Datapath()
+        if func in TRANSPOSED and any(o >= s for o, s in zip(output_padding, conv.stride, strict=True)):
+            if is_emulated:
+                raise RunError(f"layer {self.layer!r} has output_padding of its stride or more: this is not emulated")
             return func(*args, **named)
         if w is not self.weight:
             return func(*args, **named)
-        product = LayerProduct(conv, func in TRANSPOSED, spatial, self.datapath, self.words, self.x, self.w)
-        self.products.append((product, x))
-        if self.datapath == Datapath():
-            return func(*args, **named)
-        y = _LayerFunction.apply(x, w, product)
-        return y if bias is None else y + bias.view(-1, *[1] * len(spatial))
+        product = LayerProduct(self.layer, conv, func in TRANSPOSED, spatial, self.datapath, self.words, self.x, self.w)
+        if is_emulated:
+            y = _LayerFunction.apply(x, w, product)
+            y = y if bias is None else y + bias.view(-1, *[1] * len(spatial))
+        else:
+            y = func(*args, **named)
+        self.products.append(Made(product, x, y, y.grad_fn))
+        return y
 
 
 def _linear_arguments(
@@ -230,10 +292,12 @@ def _conv_arguments(
 def _transposed_arguments(
     dims: int, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> tuple[Tensor, Tensor, Tensor | None, Convolution, tuple[int, ...]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Convolution, tuple[int, ...], tuple[int, ...]]:  # fmt: skip
     conv = Convolution(_each(stride, dims), _each(padding, dims), _each(dilation, dims), groups)
-    sizes = zip(input.shape[-dims:], weight.shape[2:], *conv[:3], _each(output_padding, dims), strict=True)
-    return input, weight, bias, conv, tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + o for n, k, s, p, d, o in sizes)
+    more = _each(output_padding, dims)
+    sizes = zip(input.shape[-dims:], weight.shape[2:], *conv[:3], more, strict=True)
+    spatial = tuple((n - 1) * s - 2 * p + d * (k - 1) + 1 + o for n, k, s, p, d, o in sizes)
+    return input, weight, bias, conv, spatial, more
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -254,6 +318,7 @@ class _MatmulFunction(torch.autograd.Function):
         return _multiplied(a, b, datapath.forward, words("forward"))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (a, b), dc, da, db = ctx.saved_tensors, gradients[0], None, None
         if ctx.needs_input_grad[0]:
@@ -261,6 +326,12 @@ class _MatmulFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             db = _multiplied(a.mT, dc, ctx.datapath.wgrad, ctx.words("wgrad")).sum_to_size(b.shape)
         return da, db, None, None
+
+
+def _factors(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The operands of a matmul, by place or by name."""
+    values = [*args, *(named[key] for key in ("input", "self", "other", "mat2") if key in named)]
+    return values[0], values[1]
 
 
 def _multiplied(a: Tensor, b: Tensor, unit: Any, words: Words) -> Tensor:
@@ -293,12 +364,20 @@ class ModuleCall:
                 raise RunError(f"module {self.name!r} multiplies by {called}, which cannot be emulated: use matmul")
             if is_attention:
                 return self._attention(*args, **named)
-            return self._matmul(*args, **named) if called in MATMULS else func(*args, **named)
+            if func is functional.linear:
+                x, w, bias = _linear_arguments(*args, **named)
+                y = self._matmul(x, w.mT)
+                return y if bias is None else y + bias
+            if called not in MATMULS:
+                return func(*args, **named)
+            if named.get("out") is not None:
+                raise RunError(f"module {self.name!r} multiplies into `out`, which cannot be emulated")
+            return self._matmul(*_factors(args, named))
         result = func(*args, **named)
-        if self.count is not None and is_attention:
+        if is_attention:
             self._count_attention(result, *args, **named)
-        if self.count is not None and called in MATMULS and min(x.ndim for x in args[:2]) > 1:
-            self._count(result, args[0], args[1])
+        elif called in MATMULS:
+            self._count(result, *_factors(args, named))
         return result
 
     def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -310,8 +389,10 @@ class ModuleCall:
         number = self.made
         self.made += 1
         left, right = a.unsqueeze(0) if a.ndim == 1 else a, b.unsqueeze(1) if b.ndim == 1 else b
-        c = _MatmulFunction.apply(left, right, self.datapath, lambda which: self.words(number, which))
-        self._count(c, left, right)
+        with _named(self.name, "forward"):
+            c = _MatmulFunction.apply(left, right, self.datapath, lambda which: self.words(number, which))
+        if a.ndim > 1 and b.ndim > 1:
+            self._count(c, a, b)
         c = c.squeeze(-1) if b.ndim == 1 else c
         return c.squeeze(-2 if b.ndim > 1 else -1) if a.ndim == 1 else c
 
@@ -319,7 +400,9 @@ class ModuleCall:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """softmax(query key^T * scale + mask) value, with two emulated products."""
+        """softmax(query key^T * scale + mask) value, with two emulated products; 0 for a query that no key is for."""
+        if attn_mask is not None and is_causal:
+            raise RunError(f"module {self.name!r}: attn_mask and is_causal exclude each other")
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         scores = self._matmul(query, key.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -329,11 +412,12 @@ class ModuleCall:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         elif attn_mask is not None:
             scores = scores + attn_mask
-        weights = functional.dropout(scores.softmax(-1), dropout_p)
-        return self._matmul(weights, value)
+        has_no_key = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(has_no_key, 0.0).softmax(-1).masked_fill(has_no_key, 0.0)
+        return self._matmul(functional.dropout(weights, dropout_p), value)
 
     def _count(self, c: Tensor, a: Tensor, b: Tensor) -> None:
-        if self.count is None:
+        if self.count is None or a.ndim < 2 or b.ndim < 2:
             return
         masks = a.detach() != 0, b.detach() != 0
         self.count("forward", *masks)
@@ -352,7 +436,8 @@ class ModuleCall:
         dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> None:  # fmt: skip
         """The products of a fused attention, whose weights are not seen: zero where the mask has it so."""
-        assert self.count is not None
+        if self.count is None:
+            return
         if enable_gqa:
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
         weights = torch.ones(*query.shape[:-1], key.shape[-2], dtype=torch.bool, device=query.device)
@@ -364,9 +449,10 @@ class ModuleCall:
         self.count("forward", q, k.mT)
         self.count("forward", weights, v)
         if result.requires_grad:
+            has_scores = query.requires_grad or key.requires_grad
 
             def arrived(gradient: Tensor) -> None:
-                self._count_gradients(weights, v, gradient != 0, has_da=True, has_db=value.requires_grad)
+                self._count_gradients(weights, v, gradient != 0, has_scores, value.requires_grad)
                 self._count_gradients(q, k.mT, weights, query.requires_grad, key.requires_grad)
 
             result.register_hook(arrived)

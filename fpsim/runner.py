@@ -293,7 +293,10 @@ def ledger_of(run_dir: str | Path) -> accel.Ledger:
     a place without a run, RunError for a damaged file."""
     run = run_folder(run_dir)
     products = rows_of(run / PRODUCTS_FILE) if (run / PRODUCTS_FILE).is_file() else []
-    return accel.Ledger.from_data(rows_of(run / LEDGER_FILE), products)
+    try:
+        return accel.Ledger.from_data(rows_of(run / LEDGER_FILE), products)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{run}: {LEDGER_FILE} or {PRODUCTS_FILE} is damaged: {error!r}") from error
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

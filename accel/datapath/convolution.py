@@ -40,9 +40,12 @@ class Convolution(NamedTuple):
     groups: int = 1
 
     def positions(self, spatial: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
-        """The spatial size of y for that of x."""
+        """The spatial size of y for that of x. Raises ValueError for a kernel that does not fit in."""
         each = zip(spatial, kernel, self.stride, self.padding, self.dilation, strict=True)
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)
+        found = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in each)
+        if min(found, default=1) < 1:
+            raise ValueError(f"a kernel of {kernel} does not fit into {spatial} with padding {self.padding}")
+        return found
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ class RooflinePoint:
 class Estimate:
     """A training step on a machine.
 
-    rows: in the ledger's order of layers. absent: the baselines that the machine cannot run, and why. unrecorded: the
+    rows: in the ledger's order of layers. absent: the baselines that the machine cannot run, and why. uncounted: layers
+    with weights whose products are not in the ledger, as they multiply in another way than it sees. unrecorded: the
     layers of products whose operands the ledger has no record of.
 
     gradient_macs, zero_gradient_macs: of dgrad and wgrad in a step, and those whose dY is zero. zero_gradient_cycles:
@@ -133,6 +134,7 @@ class Estimate:
     sampled_steps: list[int]
     rows: list[Row]
     absent: dict[str, str]
+    uncounted: list[str]
     unrecorded: list[str]
     gradient_macs: float
     zero_gradient_macs: float
@@ -192,7 +194,15 @@ class Estimate:
             Row(**{**row, "costs": {scheme: Cost(**cost) for scheme, cost in row["costs"].items()}})
             for row in data["rows"]
         ]
-        names = ("sampled_steps", "absent", "unrecorded", "gradient_macs", "zero_gradient_macs", "zero_gradient_cycles")
+        names = (
+            "sampled_steps",
+            "absent",
+            "uncounted",
+            "unrecorded",
+            "gradient_macs",
+            "zero_gradient_macs",
+            "zero_gradient_cycles",
+        )
         return cls(machine=Machine.model_validate(data["machine"]), rows=rows, **{name: data[name] for name in names})
 
     def _total(self, costs: list[Cost]) -> Total:
@@ -268,8 +278,20 @@ def estimate(machine: Machine, ledger: Ledger) -> Estimate:
         tally.rows.append(Row(layer, pass_name, macs / len(steps), effectual / len(steps), costs))
     gradient = (tally.gradient_macs, tally.zero_gradient_macs, tally.zero_gradient_cycles)
     return Estimate(
-        machine, steps, tally.rows, absent, list(tally.unrecorded), *(value / len(steps) for value in gradient)
+        machine,
+        steps,
+        tally.rows,
+        absent,
+        _uncounted(ledger),
+        list(tally.unrecorded),
+        *(value / len(steps) for value in gradient),
     )
+
+
+def _uncounted(ledger: Ledger) -> list[str]:
+    counted = {product.layer for product in ledger.products}
+    weighted = (record.layer for record in ledger.records if record.role == "weight")
+    return list(dict.fromkeys(layer for layer in weighted if layer not in counted))
 
 
 _Entries = tuple[list[Record], list[Product]]  # of a layer and pass in one micro-batch
@@ -308,7 +330,8 @@ def _entries(ledger: Ledger, steps: list[int]) -> dict[tuple[str, str], list[_En
         if record.step in sampled:
             found[record.layer, record.pass_name][record.step, record.micro_batch][0].append(record)
     for product in ledger.products:
-        found[product.layer, product.pass_name][product.step, product.micro_batch][1].append(product)
+        if product.macs:
+            found[product.layer, product.pass_name][product.step, product.micro_batch][1].append(product)
     layers = dict.fromkeys(layer for layer, _ in found)
     keys = ((layer, pass_name) for layer in layers for pass_name in PASSES)
     return {key: list(found[key].values()) for key in keys if key in found}
@@ -377,10 +400,18 @@ def _add_macs(
 
 
 def _indices(records: list[Record], product: Product, number: int) -> list[int]:
-    """Which records are the tensors of a product's operands: of the layer's runs in a pass, those of the same number.
-    Empty where the ledger does not have both."""
-    by_role = [[index for index, record in enumerate(records) if record.role == role] for role in product.operands]
-    return [found[min(number, len(found) - 1)] for found in by_role] if all(by_role) else []
+    """Which records are the tensors of a product's operands, the `number`-th of its layer in this pass. Empty where the
+    ledger does not have both.
+
+    Of a layer that runs several times, backward takes the last run first: its products and gradients are entered in
+    that order, its inputs and weights in that of forward.
+    """
+    found = []
+    for role in product.operands:
+        indices = [index for index, record in enumerate(records) if record.role == role]
+        is_turned = product.pass_name != "forward" and role != "gradient"
+        found.append(indices[::-1] if is_turned else indices)
+    return [indices[min(number, len(indices) - 1)] for indices in found] if all(found) else []
 
 
 def _float32_operands(product: Product) -> list[Stored]:

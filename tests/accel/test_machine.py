@@ -21,6 +21,7 @@ from accel.ledger import GRANULARITIES, Effectual, Ledger, Product, Stored, stor
 from accel.machine import Cost, Estimate, compare, systolic_cycles, upper_bound
 from accel.machine.cycles import fold_cycles, macs_left, skipping_cycles
 from accel.machine.description import Array, Machine, Precision
+from accel.machine.estimate import _indices
 from accel.machine.traffic import Operand, Reads, array_bytes, reads_of
 
 PRESETS = sorted(
@@ -711,6 +712,28 @@ def test_operands_without_a_record_are_float32_and_stay_on_chip() -> None:
     assert (known.unrecorded, both.unrecorded) == ([], ["attention"])
     assert (cost.cycles_by_part["compute"], cost.pj_by_part["mac"]) == (256 / 2, 4 * 256)
     assert cost.bytes_by_level == {"buffer": 2 * (32 * 2 + 32 * 2) * 4, "dram": 0}
+
+
+def test_a_layer_that_runs_twice_is_taken_backwards() -> None:
+    """As it is entered: inputs in the order of forward, gradients and products in that of backward."""
+    ledger = Ledger()
+    for role, numel in (("activation", 1), ("activation", 2), ("gradient", 20), ("gradient", 10)):
+        ledger.add(0, "a", role, "wgrad", stored_plain(numel), reads=1)
+    second = Product(0, 0, "a", "wgrad", ("activation", "gradient"), 4, 4, 8, 1, {1: Effectual(9, 9, 9)})
+    found = [_indices(ledger.records, second, number) for number in (0, 1)]
+    assert [[ledger.records[index].stored.numel for index in indices] for indices in found] == [[2, 20], [1, 10]]
+    forward = replace(second, pass_name="forward", operands=("activation", "activation"))
+    assert _indices(ledger.records, forward, 0) == [0, 0]
+
+
+def test_layers_that_multiply_unseen_are_named() -> None:
+    ledger = two_layers()
+    without = [product for product in ledger.products if product.layer != "b"]
+    assert accel.machine(spec()).estimate(Ledger(ledger.records, without)).uncounted == ["b"]
+    nothing = replace(ledger.products[0], layer="b", rows=0)
+    estimate = accel.machine(spec()).estimate(Ledger(ledger.records, [*without, nothing]))
+    assert estimate.uncounted == []
+    assert Estimate.from_data(estimate.to_data()) == estimate
 
 
 def test_ledgers_that_cannot_be_estimated() -> None:

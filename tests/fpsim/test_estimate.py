@@ -179,6 +179,10 @@ def test_runs_that_cannot_be_estimated(
     err, code = fail(other, "--machine", "edge-npu")
     assert code == 1
     assert err.startswith(f"fpsim: {other}/products.jsonl:{products.count(chr(10))}: damaged")
+    (other / "products.jsonl").write_text('{"x": 1}\n')
+    err, code = fail(other, "--machine", "edge-npu")
+    assert code == 1
+    assert "ledger.jsonl or products.jsonl is damaged" in err
     (other / "products.jsonl").write_text(products)
     out, err, code = estimate(capsys, monkeypatch, other, "--machine", "edge-npu")
     assert (err, code) == ("", 0)

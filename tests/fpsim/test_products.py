@@ -368,7 +368,7 @@ def test_micro_batches_and_steps_are_told_apart() -> None:
             "several scales of its activations",
         ),
         (
-            {"weights": {"format": "e4m3fn"}, "datapath": {"forward": "int8"}},
+            {"weights": {"format": "e4m3fn"}, "activations": {"format": "int8"}, "datapath": {"forward": "int8"}},
             "datapath.forward",
             "the unit 'int8' takes int8, its weights are e4m3fn, which it cannot hold",
         ),
@@ -381,6 +381,19 @@ def test_micro_batches_and_steps_are_told_apart() -> None:
             "its activations are mxfp8_e4m3fn, which it cannot hold",
         ),
         ({"products": [{"match": "0", "datapath": {}}]}, "products.0.match", "matches no module"),
+        (
+            {"weights": {"format": "int8", "scale": "amax"}, "datapath": {"forward": "int8"}},
+            "datapath.forward",
+            "the unit 'int8' multiplies integers, its activations are float32",
+        ),
+        (
+            {
+                "gradients": {"format": "e5m2", "codec": "alpha", "pruning": {"sparsity": 0.8}},
+                "datapath": {"wgrad": {"accumulator": "fp32", "b": "e5m2"}},
+            },
+            "datapath.wgrad",
+            "takes e5m2, off whose grid \\+-alpha of the gradients may lie",
+        ),
     ],
 )
 def test_units_that_do_not_fit_the_tensors(spec: dict[str, Any], path: str, message: str) -> None:
@@ -456,3 +469,209 @@ def test_a_forward_pass_that_fails_leaves_nothing_on() -> None:
     assert model[1].weight is weight
     assert not handle._products.running
     assert Convolution() == Convolution((), (), (), 1)
+
+
+# --- layers that do more than multiply, and other unusual calls -------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.1 * 1.1
+
+
+class Pooled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.max_pool2d(super().forward(x), 2)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x), super().forward(-x)], -1)
+
+
+class Glu(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.glu(super().forward(x))
+
+
+def test_what_reaches_a_product_is_counted_not_what_reaches_its_layer() -> None:
+    for model, x in (
+        (nn.Sequential(Pooled(2, 4, 3, padding=1), Pooled(4, 4, 3, padding=1)), torch.randn(2, 2, 8, 8)),
+        (nn.Sequential(Twice(4, 3), Glu(6, 4)), torch.randn(5, 4)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        handle = emulate(model, {"activations": {"format": "e4m3fn"}})
+        model(x).sum().backward()
+        assert 2 * sum(product.macs for product in handle.ledger.products) == counter.get_total_flops()
+
+
+def test_a_gradient_that_is_not_what_arrived_is_multiplied_as_it_is() -> None:
+    """dY of the layer is rounded; what reaches the product is float32, also where it lies in the same memory."""
+    gradients = {"format": "e5m2", "scale": "amax"}
+    model = nn.Sequential(Scaled(4, 64, bias=False))
+    x, dy = torch.randn(70_000, 4), torch.randn(70_000, 64)  # large enough for memory to be used again
+    grads = []
+    for datapath in (None, {"wgrad": "fp32"}):
+        handle = emulate(model, {"gradients": gradients, "datapath": datapath, "ledger": {"every_steps": 1000}})
+        handle.step_number = 1
+        grads.append(torch.autograd.grad(model(x), model[0].weight, dy)[0])
+        handle.detach()
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-2)
+
+
+def test_integers_need_a_rounded_gradient() -> None:
+    tensor = {"format": "int8", "scale": "amax"}
+    model = nn.Sequential(Scaled(4, 4))
+    spec = {"weights": tensor, "activations": tensor, "gradients": tensor, "datapath": dict.fromkeys(ALL_FP32, "int8")}
+    emulate(model, spec)
+    with pytest.raises(RunError, match="layer '0', wgrad: needs a rounded dY for the integers of 'int8'"):
+        model(torch.randn(3, 4)).sum().backward()
+
+
+def test_what_a_unit_cannot_multiply_names_the_layer() -> None:
+    tensor = {"format": "int8", "scale": "amax"}
+    model = nn.Sequential(nn.Linear(200_000, 1))
+    emulate(model, {"weights": tensor, "activations": tensor, "datapath": {"forward": "int8"}})
+    with pytest.raises(RunError, match="layer '0', forward: mac 'int8': a sum of 200000 products could overflow"):
+        model(torch.randn(2, 200_000))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_what_follows_may_write_in_place(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(inplace=True))
+    x = torch.randn(*shape)
+    expected = model(x)
+    emulate(model, {"datapath": ALL_FP32})
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("datapath", [None, ALL_FP32])
+def test_empty_batches(datapath: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4, 3))
+    emulate(model, {"datapath": datapath})
+    y = model(torch.randn(0, 2, 3, 3))
+    y.sum().backward()
+    assert y.shape == (0, 3)
+    assert model[0].weight.grad is not None
+    assert not model[0].weight.grad.any()
+
+
+def test_formats_with_alpha_codes() -> None:
+    fmt = {"exponent_bits": 4, "mantissa_bits": 3, "alpha_codes": True}
+    gradients = {"format": fmt, "scale": "amax", "pruning": {"policy": "homogeneous", "sparsity": 0.5}}
+    grads = []
+    for datapath in (None, ALL_FP32):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4)), torch.randn(16, 20)
+        emulate(model, {"gradients": gradients, "datapath": datapath})
+        model(x).square().sum().backward()
+        grads.append(model[0].weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_an_output_padding_of_the_stride_is_not_emulated() -> None:
+    layer = nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1)
+    handle = emulate(nn.Sequential(layer), {})
+    handle.model(torch.randn(1, 2, 4, 4)).sum().backward()
+    assert not handle.ledger.products
+    emulate(model := nn.Sequential(nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1)), {"datapath": ALL_FP32})
+    with pytest.raises(RunError, match="has output_padding of its stride or more"):
+        model(torch.randn(1, 2, 4, 4))
+
+
+def test_a_kernel_larger_than_its_input() -> None:
+    emulate(model := nn.Sequential(nn.Conv1d(2, 2, 3, stride=3)), {"datapath": ALL_FP32})
+    with pytest.raises(RunError, match="layer '0', forward: a kernel of \\(3,\\) does not fit into \\(1,\\)"):
+        model(torch.randn(3, 2, 1))
+
+
+def test_layers_and_modules_may_be_called_by_themselves() -> None:
+    unit = {"forward": {"accumulator": "e6m2"}}
+    model = nn.Sequential(nn.Linear(9, 4), nn.Sequential())
+    x = torch.randn(3, 9)
+    emulate(model, {"datapath": unit, "products": [{"match": "1", "datapath": unit}]})
+    expected = accel.matmul(x, model[0].weight.detach().t(), unit["forward"]) + model[0].bias.detach()
+    assert torch.equal(model[0](x), expected)
+    model[1].forward = lambda y: y @ y.t()  # type: ignore[method-assign]
+    assert torch.equal(model[1](x), accel.matmul(x, x.t(), unit["forward"]))
+
+
+def test_names_of_operands_and_products_that_are_refused() -> None:
+    def model_of(function: Any, datapath: Any) -> nn.Module:
+        module = nn.Sequential()
+        module.forward = function  # type: ignore[method-assign]
+        emulate(module, {"include": [], "products": [{"match": "*", "datapath": datapath}]})
+        return module
+
+    x, unit = torch.randn(3, 4, 4), {"forward": {"accumulator": "e6m2"}}
+    expected = accel.matmul(x, x, unit["forward"])
+    for function in (
+        lambda y: torch.matmul(input=y, other=y),
+        lambda y: torch.bmm(y, mat2=y),
+        lambda y: torch.linalg.matmul(y, y),
+        lambda y: (
+            functional.linear(y, y[0].t()) if y.ndim == 2 else torch.stack([functional.linear(z, z.t()) for z in y])
+        ),
+    ):
+        assert torch.equal(model_of(function, unit)(x), expected)
+        assert torch.equal(model_of(function, {})(x), function(x))
+    for function in (
+        lambda y: y[0].mv(y[0, 0]),
+        lambda y: torch.inner(y, y),
+        lambda y: functional.conv1d(y, y),
+        lambda y: functional.multi_head_attention_forward(y, y, y, *[None] * 20),
+        lambda y: torch.bmm(y, y, out=torch.empty(0)),
+    ):
+        with pytest.raises(RunError, match="cannot be emulated"):
+            model_of(function, unit)(x)
+
+
+def test_a_query_that_no_key_is_for() -> None:
+    mask = torch.ones(7, 7, dtype=torch.bool)
+    mask[2] = False
+    model, q = Attention(attn_mask=mask), torch.randn(1, 7, 8, requires_grad=True)
+    expected = torch.autograd.grad(model(q, q, q).sum(), q)[0]
+    emulate(model, {"include": [], "products": [{"match": "*", "datapath": ALL_FP32}]})
+    y = model(q, q, q)
+    assert not y[0, 2].any()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), q)[0], expected)
+    model.options["is_causal"] = True
+    with pytest.raises(RunError, match="attn_mask and is_causal exclude each other"):
+        model(q, q, q)
+
+
+def test_backward_of_backward_is_refused() -> None:
+    emulate(model := nn.Sequential(nn.Linear(3, 2)), {"datapath": ALL_FP32})
+    x = torch.randn(2, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_inference_mode_and_other_weights() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    emulate(model, {"activations": {"format": "e4m3fn"}, "weights": {"format": "e4m3fn"}})
+    with torch.inference_mode():
+        assert model.eval()(torch.randn(2, 3)).shape == (2, 2)
+    with pytest.raises(RunError, match="layer '0' is called with a weight that is not its parameter"):
+        torch.func.functional_call(model, {"0.weight": torch.ones(2, 3)}, torch.randn(2, 3))
+
+
+def test_checkpointed_products_are_refused() -> None:
+    unit = {"forward": {"accumulator": "e6m2"}}
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, x, x, use_reentrant=True)
+
+    model, x = Root(), torch.randn(1, 3, 4, requires_grad=True)
+    emulate(model, {"include": [], "products": [{"match": "inner", "datapath": unit}]})
+    with pytest.raises(RunError, match="module 'inner' is recomputed in backward"):
+        model(x).sum().backward()
