@@ -4,8 +4,8 @@ For y = x * w (see `accel.datapath.convolution`) each pass multiplies the same p
 wgrad (x, y), the gradients in the places of their tensors. A pair counts where both are nonzero; NaN is nonzero. Where
 x is padding it is zero. A sum over pairs is a sum of products of sums, so nothing is multiplied out.
 
-A vector of `granularity` neighbours along the channels (of w along its inputs), also of several groups, counts as nonzero
-as a whole when one of them is: what hardware sees that skips whole vectors.
+A vector of `granularity` neighbours along the channels (of w along its inputs), also of several groups, counts as
+nonzero as a whole when one of them is: what hardware sees that skips whole vectors.
 """
 
 from __future__ import annotations
