@@ -452,19 +452,21 @@ class Emulator:
                     micro_batch=self._recorder.micro_batch if self._recording else None,
                 )
 
-                at_output = {id(one.product): one.product for one in made if one.is_still(output)}
-                counted_there = [one for one in multiplied if id(one.product) in at_output]
-                for one, by in zip(multiplied, made, strict=False):
-                    if not by.is_still(output) and by.result.requires_grad:  # the layer does more than multiply
+                emulated = [one.product for one in made if spec.datapath is not None and one.is_still(output)]
+                counted = []
+                for one, by in zip(multiplied, made, strict=False):  # where nothing is recorded, multiplied is empty
+                    if by.is_still(output):
+                        counted.append(one)
+                    elif by.result.requires_grad:  # the layer does more than multiply
                         by.result.register_hook(partial(self._record_gradient_products, name, [one], call))
                 sampled = None if by_sample is None else x.detach()
                 del made, x
 
                 def arrived(dy: Tensor) -> Tensor:
                     dy, operand = self._gradient(name, spec.gradients, dy, call)
-                    for product in at_output.values():
+                    for product in emulated:
                         product.gradient = operand
-                    self._record_gradient_products(name, counted_there, call, dy)
+                    self._record_gradient_products(name, counted, call, dy)
                     if by_sample is not None and sampled is not None:
                         by_sample.samples(name, sampled, dy)
                     return dy

@@ -62,13 +62,8 @@ RESULTS_VERSION = 1
 CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
 METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE = "metrics.jsonl", "ledger.jsonl", "gradients.jsonl"
 WEIGHTS_FILE, PRODUCTS_FILE = "weights.jsonl", "products.jsonl"
-LINES = (
-    METRICS_FILE,
-    LEDGER_FILE,
-    PRODUCTS_FILE,
-    GRADIENTS_FILE,
-    WEIGHTS_FILE,
-)  # files to which a run adds line by line
+# files to which a run adds line by line
+LINES = (METRICS_FILE, LEDGER_FILE, PRODUCTS_FILE, GRADIENTS_FILE, WEIGHTS_FILE)
 SAMPLES_FILE = "gradients.safetensors"
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
