@@ -68,7 +68,7 @@ def report(
 
     from fpsim.report import comparison, load_results
     from fpsim.report import report as write_report
-    from fpsim.runner import find_run
+    from fpsim.run_directory import find_run
 
     folders, console = [find_run(path) for path in runs], Console()
     text = write_report(folders, output, width=console.width, color=console.is_terminal and not console.no_color)
