@@ -671,7 +671,8 @@ class Emulator:
         """The largest magnitude of x, or of its channels. Raises NonFiniteError for an x that is not finite."""
         amax = largest_magnitude(x, dim)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
-            raise NonFiniteError(role, layer, self.step_number)
+            seen = {"weight": self.layers[layer].get_parameter("weight"), role: x}
+            raise NonFiniteError(role, layer, self.step_number, seen)
         return amax
 
     def _scale(

@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accel
+import accel  # before torch, see accel/kernels/openmp.py
+
+# isort: split
+import torch
+
 from fpsim import checkpoint
 from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.files import write_json, write_text
+from fpsim.not_finite import first_in_evaluation, save_failed
 from fpsim.run_directory import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -119,10 +124,7 @@ def _train(session: Session, begun_as: str) -> RunResult:
             write_json(folder / RESULTS_FILE, results)
             _write_tables(folder)
         except NonFiniteError as error:
-            session.save(folder / "failed")
-            place = folder / "failed" / f"step-{session.step}"
-            log(folder, "not finite", level="error", reason=str(error), state=str(place))
-            raise RunError(f"{error}; the state at that moment is saved in {place}") from error
+            raise RunError(save_failed(session, error)) from error
         except OSError as error:
             reason = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
             saved = checkpoint.checkpoints(folder / "checkpoints")
@@ -193,9 +195,12 @@ def _train_step(session: Session) -> dict[str, Any]:
 
 def _end_epoch(session: Session, row: dict[str, Any]) -> dict[str, Any]:
     """Evaluate: the epoch's row for the metrics. Raises NonFiniteError when the test loss is not finite."""
-    test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
-    if not math.isfinite(test_loss):
-        raise NonFiniteError("test loss", "(last)", session.step)
+    try:
+        test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
+        if not math.isfinite(test_loss):
+            raise NonFiniteError("test loss", "(last)", session.step, {"test loss": torch.tensor(test_loss)})
+    except NonFiniteError as error:
+        raise first_in_evaluation(session) or error from None
     batch, per_sample = session.config.training.batch_size, session.dataset.labels_per_sample
     seen = session.steps_per_epoch * batch * per_sample
     end = {

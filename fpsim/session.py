@@ -41,7 +41,7 @@ from fpsim.training import (
     count_correct,
     cross_entropy,
     data_order,
-    first_non_finite_layer,
+    first_non_finite,
     generator,
 )
 
@@ -189,11 +189,11 @@ def forward_and_backward(session: Session) -> tuple[float, int, int]:
             loss = cross_entropy(logits, some_labels) / parts
             value = float(loss.detach())
             if not math.isfinite(value):
-                raise NonFiniteError("loss", "(last)", step)
+                seen = {"loss": loss, "output": logits, "labels": some_labels}
+                raise NonFiniteError("loss", "(last)", step, seen)
         except NonFiniteError as error:
             emulator.restart_step()
-            layer = first_non_finite_layer(model, some, random_state)
-            raise error if layer is None else NonFiniteError("output", layer, step) from None
+            raise first_non_finite(model, some, random_state, step) or error from None
         loss.backward()
         loss_value += value
         correct += count_correct(logits, some_labels)
