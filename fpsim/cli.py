@@ -31,6 +31,12 @@ def run(
     config: ConfigName,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory for the run.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step goes: profile.json, trace.json.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, emulated, stored; train and write nothing.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +47,24 @@ def run(
     from fpsim import memory, runner
 
     memory.keep_freed_memory()
-    _show_result(runner.run(loaded, run_dir, quiet=quiet), as_json)
+    if dry_run:
+        if profile:
+            raise _mistake("--profile and --dry-run exclude each other: a dry run trains nothing to profile")
+        from fpsim import plan
+
+        found = plan.plan(loaded, run_dir)
+        print(json.dumps(found, indent=1, allow_nan=False)) if as_json else plan.show(found)
+        return
+    result = runner.run(loaded, run_dir, quiet=quiet, profile=profile)
+    if not profile:
+        _show_result(result, as_json)
+        return
+    from fpsim import profile as profiles
+
+    profiled = profiles.load(result.run_dir)
+    _show_result(result, as_json, profile=profiled)
+    if not as_json:
+        profiles.show(profiled, result.run_dir)
 
 
 @app.command()
@@ -413,9 +436,9 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _show_result(result: Any, as_json: bool) -> None:
+def _show_result(result: Any, as_json: bool, **more: Any) -> None:
     if as_json:
-        print(json.dumps({"run_dir": str(result.run_dir), **result.results}, indent=1))
+        print(json.dumps({"run_dir": str(result.run_dir), **result.results, **more}, indent=1))
         return
     print(f"{result.run_dir}: test accuracy {result.accuracy_percent:.2f} % (seed {result.results['seed']})")
     print(f"report: fpsim report {result.run_dir}")

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from fpsim.environment import environment
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.files import write_json, write_text
 from fpsim.not_finite import first_in_evaluation, save_failed
+from fpsim.profile import StepProfiler
+from fpsim.ranges import END, OPTIMIZER, span
 from fpsim.run_directory import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -64,10 +66,12 @@ def run(
     *,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    profile: bool = False,
 ) -> RunResult:
     """Train a configuration (an object, a mapping, a file or the name of an experiment) to its end.
 
-    run_dir: a new directory; by default `<output>/<name>/<UTC time>-<config hash>`. quiet: no progress.
+    run_dir: a new directory; by default `<output>/<name>/<UTC time>-<config hash>`. quiet: no progress. profile: some
+    steps are profiled (see `fpsim.profile`), which leaves the results as they are.
     Raises ConfigError for the user's mistakes (an existing directory included), RunError for a run that fails.
     """
     if isinstance(config, str | Path):
@@ -75,8 +79,9 @@ def run(
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
     session = Session(config, new_directory(config, run_dir), quiet)
+    profiler = StepProfiler(session.folder, session.total_steps) if profile else None
     with begun(session.folder, config, environment()):
-        return _train(session, "started")
+        return _train(session, "started", profiler)
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -112,14 +117,14 @@ def _session_of(folder: Path, quiet: bool) -> Session:
     return Session(load_config(folder / CONFIG_FILE, [f"threads={threads}"]), folder, quiet)
 
 
-def _train(session: Session, begun_as: str) -> RunResult:
+def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None) -> RunResult:
     """Raises RunError, with how to go on, for a run that cannot."""
     folder = session.folder
-    with _stop_signals() as stopped, session.progress:
+    with _stop_signals() as stopped, session.progress, profiler or nullcontext():
         log(folder, begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
         try:
-            _train_steps(session, stopped)
+            _train_steps(session, stopped, profiler)
             results = _results(session)
             write_json(folder / RESULTS_FILE, results)
             _write_tables(folder)
@@ -139,11 +144,12 @@ def _train(session: Session, begun_as: str) -> RunResult:
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
-def _train_steps(session: Session, stopped: list[str]) -> None:
+def _train_steps(session: Session, stopped: list[str], profiler: StepProfiler | None) -> None:
     """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
     folder, spec = session.folder / "checkpoints", session.config.training.checkpoint
     while session.step < session.total_steps:
-        row = _train_step(session)
+        with nullcontext() if profiler is None else profiler.step():
+            row = _train_step(session)
         append(session.folder / METRICS_FILE, [row])
         epoch_ended = session.step % session.steps_per_epoch == 0
         if epoch_ended:
@@ -174,8 +180,10 @@ def _train_step(session: Session) -> dict[str, Any]:
         group["lr"] = learning_rate
     loss_value, correct, labels = forward_and_backward(session)
     check_gradients(session.model, step)
-    session.optimizer.step()
-    emulator.step()
+    with span(OPTIMIZER):
+        session.optimizer.step()
+    with span(END):
+        emulator.step()
     session.epoch_loss += loss_value
     session.epoch_correct += correct
     session.step += 1

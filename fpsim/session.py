@@ -22,6 +22,7 @@ from fpsim.errors import NonFiniteError, RunError
 from fpsim.files import write_bytes
 from fpsim.layers import PatternError
 from fpsim.progress import Progress
+from fpsim.ranges import BACKWARD, DATA, FORWARD, span
 from fpsim.run_directory import (
     GRADIENTS_FILE,
     LEDGER_FILE,
@@ -178,23 +179,26 @@ def forward_and_backward(session: Session) -> tuple[float, int, int]:
     if position == 0:
         emulator.next_epoch()
         session.epoch_loss, session.epoch_correct = 0.0, 0
-    indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
-    inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
+    with span(DATA):
+        indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
+        inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step))
     session.optimizer.zero_grad()
     loss_value, correct = 0.0, 0
     for some, some_labels in zip(inputs.chunk(parts), labels.chunk(parts), strict=True):
         random_state = torch.get_rng_state()
         try:
-            logits = model(some)
-            loss = cross_entropy(logits, some_labels) / parts
-            value = float(loss.detach())
+            with span(FORWARD):
+                logits = model(some)
+                loss = cross_entropy(logits, some_labels) / parts
+                value = float(loss.detach())
             if not math.isfinite(value):
                 seen = {"loss": loss, "output": logits, "labels": some_labels}
                 raise NonFiniteError("loss", "(last)", step, seen)
         except NonFiniteError as error:
             emulator.restart_step()
             raise first_non_finite(model, some, random_state, step) or error from None
-        loss.backward()
+        with span(BACKWARD):
+            loss.backward()
         loss_value += value
         correct += count_correct(logits, some_labels)
     return loss_value, correct, labels.numel()
