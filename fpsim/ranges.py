@@ -31,7 +31,8 @@ LEDGER = "ledger"
 HOOKS = "emulation's other hooks"
 KINDS = (*ROUNDING.values(), GRADIENTS, SCALES, STATISTICS, PRODUCTS, SAVED, WEIGHT_PRUNING, LEDGER, HOOKS)
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 NOTHING = nullcontext()
 
 
