@@ -152,6 +152,30 @@ def formats(
 
 
 @app.command()
+def doctor(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Look for MNIST, CIFAR or image folders there; may be repeated."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder that runs would go to.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Check this installation and machine, with a self-test; exit code 1 if anything failed."""
+    try:
+        from fpsim import doctor as verb
+    except (ImportError, OSError) as error:
+        raise FpsimError(f"a library cannot be loaded: {error} (try: pip install --upgrade fpsim)") from error
+
+    checks = verb.examine(output, data or [])
+    if as_json:
+        print(json.dumps(verb.to_data(checks), indent=1))
+    else:
+        verb.show(checks)
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
 def conformance(
     full: Annotated[bool, typer.Option("--full", help="All 2^32 float32 patterns, not a sample: minutes.")] = False,
     quiet: Quiet = False,
