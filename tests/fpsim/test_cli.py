@@ -19,7 +19,7 @@ from fpsim.report import load_results
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
-VERBS = ["run", "resume", "report", "validate", "schema", "presets", "formats", "conformance", "bench"]
+VERBS = ["run", "resume", "doctor", "report", "validate", "schema", "presets", "formats", "conformance", "bench"]
 CONFIG = """\
 name: tiny
 threads: 1
