@@ -123,6 +123,15 @@ def log(folder: Path, event: str, *, level: str = "info", **fields: Any) -> None
         append(folder / LOG_FILE, [{"time": time, "level": level, "event": event, **fields}])
 
 
+def environment_of(folder: Path) -> dict[str, int]:
+    """The `threads` and the `world_size` that a run was begun with. Raises RunError for a damaged file."""
+    try:
+        data = json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        return {key: int(data[key]) for key in ("threads", "world_size")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}") from error
+
+
 def ledger_of(run_dir: str | Path) -> accel.Ledger:
     """The ledger that a run has written so far; of a run of an earlier fpsim, without products. Raises ConfigError for
     a place without a run, RunError for a damaged file."""
