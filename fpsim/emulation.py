@@ -664,8 +664,9 @@ class Emulator:
             if spec.scale != "none":
                 amax = self._finite_amax(x.detach(), dim, layer, role)
                 scale = self._scale(x.detach(), spec, fmt, dim, amax, f"{layer}/{role}")
-            out = torch.empty_like(x)
-            return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream)), scale
+            out, words = torch.empty_like(x), self._words(stream)
+            with _named(f"{role} of layer {layer!r}"):
+                return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **words), scale
 
     def _finite_amax(self, x: Tensor, dim: int | None, layer: str, role: str) -> float | Tensor:
         """The largest magnitude of x, or of its channels. Raises NonFiniteError for an x that is not finite."""
@@ -773,10 +774,10 @@ class _StraightThrough(torch.autograd.Function):
 
 @contextmanager
 def _named(tensor: str) -> Iterator[None]:
-    """Raises RunError, with the tensor's name, where its codec cannot hold it."""
+    """Raises RunError, with the tensor's name, where its codec or its block format cannot hold it."""
     try:
         yield
-    except accel.CodecError as error:
+    except ValueError as error:
         raise RunError(f"{tensor}: {error}") from error
 
 

@@ -96,7 +96,16 @@ def run(
         config = load_config(config, overrides)
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
-    return _train(_Session(config, _new_directory(config, run_dir), quiet), resuming=False)
+    session = _Session(config, _new_directory(config, run_dir), quiet)
+    try:
+        session.folder.mkdir(parents=True)
+    except OSError as error:
+        reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
+        message = f"run directory cannot be made: {reason}"
+        if run_dir is not None:
+            raise ConfigError([Problem("", message, str(session.folder))]) from error
+        raise config.problem("output", f"{session.folder}: {message}") from error
+    return _train(session, resuming=False)
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -174,6 +183,8 @@ class _Session:
             )
         except ValueError as error:
             raise config.problem("model", str(error)) from error
+        except RuntimeError as error:  # PyTorch's, for a tensor that is larger than the memory
+            raise config.problem("model", f"cannot be built: {str(error).splitlines()[0]}") from error
         self.model.train()
         self.optimizer = build_optimizer(config.training.optimizer, self.model)
         self.emulator = self._emulate()
@@ -316,7 +327,6 @@ def _train(session: _Session, resuming: bool) -> RunResult:
     if resuming:
         session.restore()
     else:
-        _make_directory(folder)
         write_json(folder / ENVIRONMENT_FILE, environment())
         for name in LINES:
             (folder / name).write_bytes(b"")
@@ -523,18 +533,10 @@ def _new_directory(config: Config, given: str | Path | None) -> Path:
     else:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         folder = Path(config.output) / config.name / f"{stamp}-{config_hash(config)}"
-    if folder.exists():
+    if os.path.lexists(folder):
         message = "run directory exists already: choose another, or go on with it by `fpsim resume`"
         raise ConfigError([Problem("", message, str(folder))])
     return folder
-
-
-def _make_directory(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
-        raise ConfigError([Problem("", f"run directory cannot be made: {reason}", str(folder))]) from error
 
 
 @contextmanager

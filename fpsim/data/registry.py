@@ -43,7 +43,7 @@ def load(spec: Any, seed: int) -> Dataset:
     their order, never depends on it.
     Images in memory and tables are normalised with the train split's own mean and standard deviation, imagefolder with
     ImageNet's.
-    Raises DataError for an unknown name and for files that are missing, unreadable or damaged.
+    Raises DataError for an unknown name, for files that are missing, unreadable or damaged, and for too much data.
     """
     if spec.name not in names():
         nearest = get_close_matches(spec.name, names(), n=1)
@@ -60,6 +60,8 @@ def load(spec: Any, seed: int) -> Dataset:
         return _in_memory(spec, READERS[spec.name](spec, seed))
     except OSError as error:
         raise DataError(f"data: cannot read {error.filename}: {error.strerror}") from error
+    except (MemoryError, ValueError) as error:  # ValueError: more than NumPy can count
+        raise DataError(f"more than the memory holds: {error}") from error
 
 
 def _root(spec: Any) -> Path:
@@ -67,7 +69,10 @@ def _root(spec: Any) -> Path:
 
 
 def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise DataError(f"{path}: no such user's home directory") from error
 
 
 def _in_memory(spec: Any, source: Source) -> Dataset:
