@@ -343,7 +343,7 @@ def _replaced(node: Node, path: KeyPath, parts: Sequence[str], value: Node) -> N
     part, rest = parts[0], parts[1:]
     here = ".".join(map(str, path))
     if isinstance(node.value, list):
-        if not part.isdecimal() or int(part) >= len(node.value):
+        if part not in map(str, range(len(node.value))):
             message = f"{here} is a list of {len(node.value)}: its indices count from 0 (got {shown(part)})"
             raise ConfigError([problem((*path, part), message, OVERRIDES)])
         items = list(node.value)

@@ -67,6 +67,7 @@ def _place(path: str) -> str:
 LayerPattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_layer_pattern)]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Epochs = Annotated[float, Field(ge=0, le=1e9)]
 Factor = Annotated[float, Field(ge=0, le=1e6)]
@@ -186,7 +187,7 @@ Data = (
 class Mlp(Section):
     name: Literal["mlp"] = "mlp"
     """Fully connected layers with ReLU."""
-    hidden: list[PositiveInt] = [256, 128]
+    hidden: list[Width] = [256, 128]
     """Width of each hidden layer."""
 
 
@@ -198,7 +199,7 @@ class LeNet(Section):
 class ResNet18(Section):
     name: Literal["resnet18"] = "resnet18"
     """ResNet18."""
-    width: PositiveInt = 64
+    width: Width = 64
     """Channels of the first stage."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one 3x3 convolution; imagenet: a 7x7 convolution of stride 2 and a max pool."""
@@ -207,7 +208,7 @@ class ResNet18(Section):
 class Vgg16(Section):
     name: Literal["vgg16"] = "vgg16"
     """VGG16 with batch normalisation, for images of at least 32x32 pixels."""
-    width: PositiveInt = 64
+    width: Width = 64
     """Channels of the first stage."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one linear layer after the convolutions; imagenet: three, with dropout."""
@@ -216,7 +217,7 @@ class Vgg16(Section):
 class DenseNet121(Section):
     name: Literal["densenet121"] = "densenet121"
     """DenseNet121."""
-    width: int = Field(64, ge=2, le=2**31 - 1, multiple_of=2)
+    width: int = Field(64, ge=2, le=1 << 20, multiple_of=2)
     """Channels after the stem, twice the growth rate."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one 3x3 convolution, for images of at least 8x8 pixels; imagenet: a 7x7 convolution of stride 2 and a max
@@ -226,7 +227,7 @@ class DenseNet121(Section):
 class MobileNetV2(Section):
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
     """MobileNetV2: depthwise convolutions."""
-    width: int = Field(32, ge=8, le=2**31 - 1, multiple_of=8)
+    width: int = Field(32, ge=8, le=1 << 20, multiple_of=8)
     """Channels after the stem: 32 times the width multiplier."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """imagenet: stride 2 in the stem and in the second stage; cifar: stride 1."""
@@ -239,7 +240,7 @@ class Gpt(Section):
     """Blocks of attention and perceptron."""
     heads: PositiveInt = 4
     """Attention heads of a block; divides width."""
-    width: PositiveInt = 128
+    width: Width = 128
     """Numbers that represent a character between blocks."""
     context: PositiveInt | None = None
     """Longest text that it takes, in characters; null for that of the data."""

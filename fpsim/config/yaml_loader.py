@@ -103,10 +103,8 @@ def parse_yaml(text: str, file: str) -> Node:
     try:
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        mark = _mark(error, len(text))
-        at = position(mark.line, mark.column) if mark else Position(file)
         message = ", ".join(part for part in (error.problem, error.context) if part) or "invalid YAML"
-        raise ConfigError([problem((), message, at)]) from None
+        raise ConfigError([problem((), message, position(*_place(error, text)))]) from None
     except (ValueError, OverflowError) as error:
         raise ConfigError([problem((), f"invalid YAML ({error})", position(loader.line, loader.column))]) from None
     if root is None:
@@ -177,11 +175,16 @@ def dump_yaml(data: Any) -> str:
     return text
 
 
-def _mark(error: yaml.MarkedYAMLError, end: int) -> yaml.Mark | None:
-    """Where a syntax error is: where it was noticed; of what was begun and never closed, the beginning."""
-    noticed, begun = error.problem_mark, error.context_mark
-    is_unclosed = error.context == "while scanning a simple key" or (noticed is not None and noticed.index >= end)
-    return (begun or noticed) if is_unclosed else (noticed or begun)
+def _place(error: yaml.MarkedYAMLError, text: str) -> tuple[int, int]:
+    """Line and column of a syntax error: where it was noticed; of what was begun and never closed, the beginning."""
+    written = text.rstrip()
+    marks = [mark for mark in (error.problem_mark, error.context_mark) if mark and mark.index < len(written)]
+    if error.context == "while scanning a simple key":
+        marks.reverse()
+    if marks:
+        return marks[0].line, marks[0].column
+    before = _LINE_BREAK.split(written)
+    return len(before) - 1, len(before[-1])
 
 
 def _scalar(kind: str, text: str) -> Any:
