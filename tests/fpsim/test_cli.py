@@ -154,6 +154,15 @@ def test_wrong_usage(fpsim: Fpsim, arguments: list[str]) -> None:
 # --- failures -------------------------------------------------------------------------------------------------------
 
 
+def test_activations_that_do_not_fall_into_blocks(fpsim: Fpsim) -> None:
+    activations = "emulation.activations={format: {base: mxfp4, axis: 2}}"
+    code, out, err = fpsim("run", "tiny.yaml", activations, "-q")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "fpsim: activation of layer '1': format 'mxfp4*': axis 2 is out of range for x of shape (8, 16)"
+    )
+
+
 def test_a_loss_that_is_not_finite(fpsim: Fpsim, tmp_path: Path) -> None:
     code, out, err = fpsim(
         "run", "tiny.yaml", "emulation=null", "training.optimizer.learning_rate=1e30", "--run-dir", "run", "-q"

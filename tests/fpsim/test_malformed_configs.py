@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 
 import jsonschema
 import pytest
+import typer
 import yaml
 
 from accel import Machine
+from fpsim import cli
 from fpsim.config import Config, config_to_yaml, json_schema, load_config, parse_config, presets
+from fpsim.config.tree import Path as KeyPath
 from fpsim.config.tree import to_data
 from fpsim.config.yaml_loader import MAX_BYTES, parse_yaml
 from fpsim.errors import MOST_SHOWN
@@ -30,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("restored_threads")
 FILE = "bad.yaml"
 WIDEST = 620  # characters of a line: an unknown format's lists all those that there are
 SECONDS = 5.0  # of processor time for one file
+COMMANDS = typer.main.get_command(cli.app)  # built once, not for every file
 
 # --- valid configurations, in which the mistakes are made ------------------------------------------------------------
 
@@ -90,8 +94,7 @@ def valid_configurations() -> Iterator[Config]:
 
 # --- places in them ---------------------------------------------------------------------------------------------------
 
-Path_ = tuple[str | int, ...]
-SCHEMAS: list[tuple[Path_, dict[str, Any]]] = [
+SCHEMAS: list[tuple[KeyPath, dict[str, Any]]] = [
     (("emulation", "machine"), Machine.model_json_schema()),
     ((), Config.model_json_schema()),
 ]
@@ -101,7 +104,7 @@ class Spot(NamedTuple):
     """A value in a text of one key or item a line. `key_line` counts from 1: of its key, else of the item."""
 
     text: str
-    path: Path_
+    path: KeyPath
     node: yaml.Node
     key_line: int
     schemas: list[dict[str, Any]]
@@ -125,21 +128,18 @@ class Spot(NamedTuple):
         """The text without a key of this mapping."""
         if len(self.node.value) == 1:
             return self.replaced("{}")
-        starts = [key_node.start_mark.index for key_node, _ in self.node.value] + [self.node.end_mark.index]
+        starts = [key_node.start_mark.index for key_node, _ in self.node.value]
         at = [key_node.value for key_node, _ in self.node.value].index(key)
-        last = at == len(self.node.value) - 1
-        start = starts[at] - (self.node.start_mark.column if last else 0)  # the next key takes the place of this one
-        return self.text[:start] + self.text[starts[at + 1] - (len(self._tail()) if last else 0) :]
-
-    def _tail(self) -> str:
-        body = self.text[: self.node.end_mark.index]
-        return body[body.rindex("\n") + 1 :]
+        if at < len(starts) - 1:
+            return self.text[: starts[at]] + self.text[starts[at + 1] :]
+        through = self.text[: self.node.end_mark.index].rstrip()
+        return self.text[: starts[at]].rstrip() + self.text[len(through) :]
 
 
 def spots(text: str) -> Iterator[Spot]:
     """Every value of a configuration's text, mappings and lists included."""
 
-    def walk(node: yaml.Node, path: Path_, key_line: int, schemas: list[dict[str, Any]]) -> Iterator[Spot]:
+    def walk(node: yaml.Node, path: KeyPath, key_line: int, schemas: list[dict[str, Any]]) -> Iterator[Spot]:
         if path == SCHEMAS[0][0]:
             schemas = [SCHEMAS[0][1]]
         root = SCHEMAS[0 if path[:2] == SCHEMAS[0][0] else 1][1]
@@ -573,6 +573,7 @@ PLACELESS = ["larger than"]  # what is wrong with a file as a whole
 
 def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
     """The first line of every problem that `fpsim run` finds, after what holds of every refusal."""
+    monkeypatch.setattr(cli, "app", COMMANDS)
     before, started = sorted(Path().rglob("*")), time.process_time()
     out, err, code = command("run", capsys, monkeypatch, *arguments)
     assert (code, out) == (2, "")
