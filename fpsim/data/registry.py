@@ -43,7 +43,8 @@ def load(spec: Any, seed: int) -> Dataset:
     their order, never depends on it.
     Images in memory and tables are normalised with the train split's own mean and standard deviation, imagefolder with
     ImageNet's.
-    Raises DataError for an unknown name, for files that are missing, unreadable or damaged, and for too much data.
+    Raises DataError for an unknown name, for files that are missing, unreadable or damaged, and for a synthetic set
+    that is too large.
     """
     if spec.name not in names():
         nearest = get_close_matches(spec.name, names(), n=1)
@@ -60,8 +61,6 @@ def load(spec: Any, seed: int) -> Dataset:
         return _in_memory(spec, READERS[spec.name](spec, seed))
     except OSError as error:
         raise DataError(f"data: cannot read {error.filename}: {error.strerror}") from error
-    except (MemoryError, ValueError) as error:  # ValueError: more than NumPy can count
-        raise DataError(f"more than the memory holds: {error}") from error
 
 
 def _root(spec: Any) -> Path:
