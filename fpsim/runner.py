@@ -73,7 +73,7 @@ def run(
             config.check_parts(ranks.count)
             session = Session(config, folder, quiet, ranks)
             if ranks.is_first:
-                stack.enter_context(begun(folder, config, environment(ranks.count)))
+                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=run_dir is not None))
         session.exchange.connect()
         return _train(session, "started")
 
