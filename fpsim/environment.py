@@ -13,8 +13,8 @@ import torch
 PACKAGES = ("fpsim", "torch", "numpy", "numba", "scipy")
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beside the configuration: versions, machine, threads, commit."""
+def environment(world_size: int = 1) -> dict[str, Any]:
+    """Versions, machine, threads of a rank, ranks, commit."""
     found = {}
     for name in PACKAGES:
         try:
@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": world_size,
         "commit": _commit(),
     }
 

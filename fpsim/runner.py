@@ -5,39 +5,33 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accel  # before torch, see accel/kernels/openmp.py
-
-# isort: split
-import torch
-
+import accel
 from fpsim import checkpoint
 from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
-from fpsim.errors import NonFiniteError, RunError
+from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
 from fpsim.files import write_json, write_text
-from fpsim.not_finite import first_in_evaluation, save_failed
+from fpsim.not_finite import not_finite_in_evaluation, save_failed
 from fpsim.profile import StepProfiler
 from fpsim.ranges import END, OPTIMIZER, span
+from fpsim.ranks import ALONE, Ranks, is_lost, joined
 from fpsim.run_directory import (
     CONFIG_FILE,
-    ENVIRONMENT_FILE,
     METRICS_FILE,
     RESULTS_FILE,
-    append,
     begun,
+    environment_of,
     locked,
-    log,
     new_directory,
     rows_of,
     run_folder,
@@ -78,21 +72,36 @@ def run(
         config = load_config(config, overrides)
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
-    session = Session(config, new_directory(config, run_dir), quiet)
-    profiler = StepProfiler(session.folder, session.total_steps) if profile else None
-    with begun(session.folder, config, environment()):
+    with joined() as ranks, ExitStack() as stack:
+        with ranks.together():
+            folder = new_directory(config, run_dir) if ranks.is_first else Path(run_dir or config.output)
+            config.check_parts(ranks.count)
+            session = Session(config, folder, quiet, ranks)
+            profiler = StepProfiler(folder, session.total_steps) if profile and ranks.is_first else None
+            if ranks.is_first:
+                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=run_dir is not None))
+        session.exchange.connect()
         return _train(session, "started", profiler)
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
-    """Go on with an interrupted run from its newest checkpoint: the same metrics and weights as without interruption.
+    """Go on with an interrupted run from its newest whole checkpoint: the same metrics and weights as without
+    interruption.
 
-    Raises ConfigError for what is not a run directory, RunError for a run that fails or whose checkpoint is damaged.
+    Raises ConfigError for what is not a run directory, or where another process writes or another number of ranks
+    began; RunError for a run that fails or whose checkpoints are all damaged.
     """
-    folder = run_folder(run_dir)
-    with locked(folder):
-        session = _session_of(folder, quiet)
+    with joined() as ranks, ExitStack() as stack:
+        with ranks.together():
+            folder = run_folder(run_dir)
+            if (begun_with := environment_of(folder)["world_size"]) != ranks.count:
+                message = f"was begun with world size {begun_with}: go on with the same (got {ranks.count})"
+                raise ConfigError([Problem("", message, str(folder))])
+            if ranks.is_first:
+                stack.enter_context(locked(folder))
+            session = _session_of(folder, quiet, ranks)
         session.restore()
+        session.exchange.connect()
         return _train(session, "resumed")
 
 
@@ -103,69 +112,78 @@ def opened(run_dir: str | Path) -> Session:
     """
     folder = run_folder(run_dir)
     saved = checkpoint.newest(folder)
-    session = _session_of(folder, quiet=True)
+    session = _session_of(folder, True, ALONE)
     session.load(saved)
     return session
 
 
-def _session_of(folder: Path, quiet: bool) -> Session:
+def _session_of(folder: Path, quiet: bool, ranks: Ranks) -> Session:
     """A session of a run that was begun, with its own number of threads."""
-    try:
-        threads = int(json.loads((folder / ENVIRONMENT_FILE).read_text(encoding="utf-8"))["threads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder / ENVIRONMENT_FILE}: cannot be read: {error}") from error
-    return Session(load_config(folder / CONFIG_FILE, [f"threads={threads}"]), folder, quiet)
+    config = load_config(folder / CONFIG_FILE, [f"threads={environment_of(folder)['threads']}"])
+    return Session(config, folder, quiet, ranks)
 
 
 def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None) -> RunResult:
-    """Raises RunError, with how to go on, for a run that cannot."""
-    folder = session.folder
-    with _stop_signals() as stopped, session.progress, profiler or nullcontext():
-        log(folder, begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
+    """Raises RunError, with how to go on, for a run that cannot; on ranks beyond the first ToldError, where all end."""
+    folder, ranks = session.folder, session.ranks
+    with _stop_signals(ranks) as stopped, session.progress, profiler or nullcontext():
+        session.log(begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
+        for note in session.notes:
+            session.progress.note(f"note: {note}")
         try:
             _train_steps(session, stopped, profiler)
             results = _results(session)
-            write_json(folder / RESULTS_FILE, results)
-            _write_tables(folder)
+            if ranks.is_first:
+                write_json(folder / RESULTS_FILE, results)
+                _write_tables(folder)
         except NonFiniteError as error:
-            raise RunError(save_failed(session, error)) from error
+            raise ranks.told_by_first(RunError(save_failed(session, error))) from error
+        except RuntimeError as error:
+            if not is_lost(error, ranks):
+                raise
+            raise RunError(f"rank {ranks.number} lost the others: {str(error).splitlines()[0]}") from error
         except OSError as error:
             reason = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
             saved = checkpoint.checkpoints(folder / "checkpoints")
             step = saved[-1].name.removeprefix("step-") if saved else "0"
-            log(folder, "failed", level="error", reason=reason, step=session.step)
+            session.log("failed", level="error", reason=reason, step=session.step)
             raise RunError(
                 f"{reason}; the run stopped at step {session.step} and is saved as of step {step}, "
                 f"go on with: fpsim resume {folder}"
             ) from error
-        log(folder, "completed", test_accuracy_percent=results["test_accuracy_percent"], seconds=session.seconds)
+        session.log("completed", test_accuracy_percent=results["test_accuracy_percent"], seconds=session.seconds)
     paths = (folder / RESULTS_FILE, folder / METRICS_FILE)
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
 def _train_steps(session: Session, stopped: list[str], profiler: StepProfiler | None) -> None:
     """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
-    folder, spec = session.folder / "checkpoints", session.config.training.checkpoint
+    folder, spec, ranks = session.folder / "checkpoints", session.config.training.checkpoint, session.ranks
     while session.step < session.total_steps:
         with nullcontext() if profiler is None else profiler.step():
             row = _train_step(session)
-        append(session.folder / METRICS_FILE, [row])
+        session.append(METRICS_FILE, [row])
         epoch_ended = session.step % session.steps_per_epoch == 0
         if epoch_ended:
             end = _end_epoch(session, row)
-            append(session.folder / METRICS_FILE, [end])
+            session.append(METRICS_FILE, [end])
             session.progress.epoch(end)
-            log(session.folder, "epoch", **{key: value for key, value in end.items() if key != "kind"})
-        if stopped or epoch_ended or session.step % spec.every_steps == 0:
+            session.log("epoch", **{key: value for key, value in end.items() if key != "kind"})
+        (stops,) = ranks.totals(len(stopped))
+        if stops or epoch_ended or session.step % spec.every_steps == 0:
             session.save(folder)
             session.save_samples()
-            checkpoint.prune(folder, spec.keep)
-        if stopped and session.step < session.total_steps:
-            log(session.folder, "stopped", level="warning", signal=stopped[0], step=session.step)
-            raise RunError(
-                f"stopped by {stopped[0]} at step {session.step} of {session.total_steps}; the state is saved, "
-                f"go on with: fpsim resume {session.folder}"
+            if ranks.is_first:
+                checkpoint.prune(folder, spec.keep)
+        if stops and session.step < session.total_steps:
+            by = stopped[0] if stopped else "another rank"
+            session.log("stopped", level="warning", by=by, step=session.step)
+            raise ranks.told_by_first(
+                RunError(
+                    f"stopped by {by} at step {session.step} of {session.total_steps}; the state is saved, "
+                    f"go on with: fpsim resume {session.folder}"
+                )
             )
 
 
@@ -203,12 +221,10 @@ def _train_step(session: Session) -> dict[str, Any]:
 
 def _end_epoch(session: Session, row: dict[str, Any]) -> dict[str, Any]:
     """Evaluate: the epoch's row for the metrics. Raises NonFiniteError when the test loss is not finite."""
-    try:
-        test_loss, test_accuracy = evaluate(session.model, session.dataset.test)
-        if not math.isfinite(test_loss):
-            raise NonFiniteError("test loss", "(last)", session.step, {"test loss": torch.tensor(test_loss)})
-    except NonFiniteError as error:
-        raise first_in_evaluation(session) or error from None
+    session.ranks.share_first(list(session.model.buffers()))
+    test_loss, test_accuracy = evaluate(session.model, session.dataset.test, session.ranks)
+    if not math.isfinite(test_loss):
+        raise not_finite_in_evaluation(session, test_loss)
     batch, per_sample = session.config.training.batch_size, session.dataset.labels_per_sample
     seen = session.steps_per_epoch * batch * per_sample
     end = {
@@ -249,23 +265,30 @@ def _results(session: Session) -> dict[str, Any]:
         "gradient_formats": session.emulator.gradient_formats,
         "weight_pruning": weight_pruning.summary if (weight_pruning := session.emulator.weight_pruning) else None,
         "ledger": session.emulator.ledger.summary(),
-        "environment": environment(),
+        "communication": session.exchange.summary,
+        "notes": session.notes,
+        "environment": environment(session.ranks.count),
     }
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Names of the stop signals received: SIGINT and SIGTERM end the run after the step under way."""
+def _stop_signals(ranks: Ranks) -> Iterator[list[str]]:
+    """Names of the stop signals received: SIGINT and SIGTERM end the run after the step under way.
+
+    A second one ends a rank alone at once; of several each gets one from the terminal and one from its launcher.
+    """
     received: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
     def receive(number: int, frame: object) -> None:
-        if received:
+        if received and ranks.count == 1:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        print(f"fpsim: {received[0]}: stopping after this step (once more to stop at once)", file=sys.stderr)
+        if ranks.is_first and len(received) == 1:
+            more = " (once more to stop at once)" if ranks.count == 1 else ""
+            print(f"fpsim: {received[0]}: stopping after this step{more}", file=sys.stderr)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -155,7 +155,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert answer["profile"] == profile.load(tmp_path / "json")
     out, err, code = command("run", capsys, monkeypatch, config, "--profile", "--dry-run")
     assert (code, out) == (2, "")
-    assert "exclude each other" in err
+    assert "leave out --profile" in err
 
 
 def test_users_see_the_ranges_in_their_own_profiles() -> None:
