@@ -25,7 +25,7 @@ from fpsim.config.schema import Datapath, DensePruning, SnrPruning, mac
 from fpsim.console import print_table
 from fpsim.layers import LayerSpec, format_of, matching, product_modules
 from fpsim.run_directory import new_directory
-from fpsim.session import Session, forward_and_backward
+from fpsim.session import Session, forward_and_backward, set_learning_rate
 from fpsim.training import EVALUATION_BATCH, check_gradients, count_correct, cross_entropy
 from fpsim.weights.masks import ramp
 
@@ -77,6 +77,7 @@ def _times(session: Session) -> dict[str, list[float]]:
             emulator.sample_this_step()
         kind = "sampled" if emulator.sampling else "plain"
         began = time.perf_counter()
+        set_learning_rate(session)
         forward_and_backward(session)
         check_gradients(session.model, session.step)
         session.optimizer.step()

@@ -36,8 +36,8 @@ from fpsim.run_directory import (
     rows_of,
     run_folder,
 )
-from fpsim.session import Session, forward_and_backward
-from fpsim.training import check_gradients, evaluate, learning_rate_factor
+from fpsim.session import Session, forward_and_backward, set_learning_rate
+from fpsim.training import check_gradients, evaluate
 
 RESULTS_VERSION = 1
 
@@ -189,13 +189,10 @@ def _train_steps(session: Session, stopped: list[str], profiler: StepProfiler | 
 
 def _train_step(session: Session) -> dict[str, Any]:
     """One step: its row for the metrics. Raises NonFiniteError before the weights are updated."""
-    training, emulator, step = session.config.training, session.emulator, session.step
+    emulator, step = session.emulator, session.step
     if step == session.total_steps - 1:
         emulator.sample_this_step()
-    factor = learning_rate_factor(training.schedule, step, session.steps_per_epoch, session.total_steps)
-    learning_rate = training.optimizer.learning_rate * factor
-    for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate
+    learning_rate = set_learning_rate(session)
     loss_value, correct, labels = forward_and_backward(session)
     check_gradients(session.model, step)
     with span(OPTIMIZER):

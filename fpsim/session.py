@@ -50,6 +50,7 @@ from fpsim.training import (
     data_order,
     first_non_finite,
     generator,
+    learning_rate_factor,
 )
 
 NORMS_OVER_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -252,6 +253,16 @@ class Session:
             self.emulator.load_state_dict(state["emulator"], tensors)
             if "exchange" in state:  # not of a run of an earlier fpsim
                 self.exchange.load(state["exchange"])
+
+
+def set_learning_rate(session: Session) -> float:
+    """Give the optimizer the learning rate of the session's next step, and return it."""
+    training = session.config.training
+    factor = learning_rate_factor(training.schedule, session.step, session.steps_per_epoch, session.total_steps)
+    learning_rate = training.optimizer.learning_rate * factor
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
 
 
 def forward_and_backward(session: Session) -> tuple[float, int, int]:

@@ -190,6 +190,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "run directory exists already" in err
     _, err, code = command("run", capsys, monkeypatch, "tiny.yaml", "emulation.exclude=[nix]", "--dry-run")
     assert (code, "pattern 'nix' matches no matrix layer" in err) == (2, True)
+    _, err, code = command("run", capsys, monkeypatch, "tiny.yaml", "--nproc", "2", "--dry-run")
+    assert (code, "leave out" in err) == (2, True)
+
+
+def test_the_steps_have_the_learning_rates_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    step = torch.optim.SGD.step
+
+    def recorded(optimizer: torch.optim.SGD) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", recorded)
+    planned()
+    warmup = 0.5 * 5
+    assert rates[:2] == pytest.approx([0.05 / warmup, 0.05 * 2 / warmup])
 
 
 def test_a_step_that_fails_is_told_as_in_a_run(
