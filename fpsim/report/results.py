@@ -214,6 +214,12 @@ def load_results(run_dir: Path) -> Results:
         raise _error(file, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise _error(file, f"not valid JSON: {error}") from error
+    return checked_results(data, file)
+
+
+def checked_results(data: Any, file: Path) -> Results:
+    """The content of a results.json, read from `file`. Raises ConfigError where it lacks a field or holds a wrong one,
+    or has another schema version than this fpsim reads."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise _error(file, f"expected schema_version {SCHEMA_VERSION}, got {version!r}", "schema_version")
