@@ -83,6 +83,7 @@ def _train_all(plan: Plan, wanted: list[Outcome], show: Show, stopped: list[str]
                 try_again = _settle(plan, outcome, message)
                 show(outcome)
                 if try_again:
+                    outcome.status = "begun"
                     begin(outcome)
             elif message in by_hash and by_hash[message] in pending.values():
                 by_hash[message].status = "running"

@@ -26,7 +26,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("test_accuracy_percent", "accuracy (%)", 2),
-    Column("gradient_bits_per_element", "gradient bits", 2),
+    Column("gradient_bits_per_element", "bits a gradient element", 2),
     Column("gradient_bits_fp32_ratio", "fp32 over it", 2),
     Column("footprint_mib", "footprint (MiB)", 3),
     Column("footprint_fp32_ratio", "fp32 over it", 2),

@@ -15,13 +15,8 @@ from fpsim.sweep.outcome import Outcome, Status
 from fpsim.sweep.trials import Plan, label
 
 COLORS = {"running": "yellow", "finished": "green", "failed": "red"}
-ORDER: tuple[Status, ...] = (
-    "running",
-    "failed",
-    "finished",
-    "begun",
-    "new",
-)  # what is cut where the terminal is too low stands last
+# A terminal that is too low cuts the last ones.
+ORDER: tuple[Status, ...] = ("running", "failed", "finished", "begun", "new")
 
 
 @contextmanager

@@ -85,6 +85,11 @@ class Dask(Section):
     --resources "GPU=1"`, those started here have enough for one trial."""
 
 
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a sweep's file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Sweep.model_json_schema()}
+
+
 class Sweep(Section):
     """Trials that are trained and compared: one configuration, with other values at some keys.
 
