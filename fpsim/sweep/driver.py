@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -77,8 +77,10 @@ def _train_all(plan: Plan, wanted: list[Outcome], show: Show, stopped: list[str]
         while pending:
             message = _next(messages)
             if stopped:
-                raise RunError(f"stopped by {stopped[0]}: {_how_to_go_on(plan)}")
+                raise RunError(f"stopped by {stopped[0]}, {_how_to_go_on(plan, pending)}")
             if message in pending:
+                if message.cancelled():
+                    raise RunError(f"the Dask scheduler was lost, {_how_to_go_on(plan, pending)}")
                 outcome = pending.pop(message)
                 try_again = _settle(plan, outcome, message)
                 show(outcome)
@@ -107,9 +109,7 @@ def _submitted(client: Client, plan: Plan, outcome: Outcome, topic: str) -> Futu
 
 
 def _settle(plan: Plan, outcome: Outcome, done: Future[str]) -> bool:
-    """Writes into the outcome how an attempt ended: whether there is to be another. RunError where nobody knows."""
-    if done.cancelled():
-        raise RunError(f"the Dask scheduler was lost: {_how_to_go_on(plan)}")
+    """Writes into the outcome how an attempt ended: whether there is to be another."""
     error = done.exception()
     answer = json.loads(done.result()) if error is None else {"error": _death(error), "is_mistake": False}
     if "error" not in answer:
@@ -127,8 +127,8 @@ def _death(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _how_to_go_on(plan: Plan) -> str:
-    return f"what is finished is kept in {plan.folder}; go on with the same command"
+def _how_to_go_on(plan: Plan, pending: Sized) -> str:
+    return f"{len(pending)} of {len(plan.trials)} trials to go; go on with the same command"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -127,13 +128,13 @@ def groups_table(summary: dict[str, Any]) -> Table:
 
 
 def short_names(keys: list[str]) -> list[str]:
-    """The shortest end of each dotted key that no other key has."""
+    """The shortest end of each dotted key that is no other key's, or all of it."""
 
     def ends(key: str) -> list[str]:
         parts = key.split(".")
         return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
 
-    return [next(end for end in ends(key) if sum(end in ends(other) for other in keys) == 1) for key in keys]
+    return [next((end for end in ends(key) if sum(end in ends(other) for other in keys) == 1), key) for key in keys]
 
 
 def pareto_svg(groups: list[dict[str, Any]]) -> str:
@@ -148,7 +149,7 @@ def pareto_svg(groups: list[dict[str, Any]]) -> str:
         panels[0].set_ylabel("test accuracy (%)")
 
     svg = picture(draw_all, "svg", (0.6 + 3.6 * len(costs), 3.8), "sweep").decode()
-    return "<svg " + svg.partition("<svg ")[2]
+    return "<svg " + re.sub("<metadata>.*</metadata>", "", svg, flags=re.DOTALL).partition("<svg ")[2]
 
 
 def _costs(groups: list[dict[str, Any]]) -> list[Column]:
