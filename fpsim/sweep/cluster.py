@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -35,16 +35,30 @@ def connected(spec: Dask, trials: int) -> Iterator[Client]:
     Raises ConfigError for a scheduler that cannot be reached.
     """
     from distributed import Client
+    from distributed.comm import get_address_host
+    from distributed.utils import silence_logging_cmgr
 
     with ExitStack() as stack:
+        stack.enter_context(silence_logging_cmgr(logging.CRITICAL))
         address = spec.scheduler or os.environ.get(ADDRESS_VARIABLE)
-        cluster = None if address else stack.enter_context(_own_cluster(spec, trials))
         try:
-            client = Client(address or cluster, set_as_default=False, name="fpsim-sweep")
+            if address:
+                get_address_host(address)  # a client of an address that is none takes a minute to end
+            scheduler = address or stack.enter_context(_own_cluster(spec, trials))
+            client = Client(scheduler, set_as_default=False, name="fpsim-sweep")
         except (OSError, ValueError) as error:
             key = "dask.scheduler" if spec.scheduler else ADDRESS_VARIABLE
             raise ConfigError([Problem(key, f"no scheduler answers at {address!r}: {error}")]) from None
         yield stack.enter_context(client)
+
+
+def lacking(client: Client, resources: Mapping[str, float]) -> str | None:
+    """The worker that trials wait for, as a text; None where one that offers the resources is there."""
+    offers = [worker["resources"] for worker in client.scheduler_info()["workers"].values()]
+    if any(all(offer.get(name, 0) >= amount for name, amount in resources.items()) for offer in offers):
+        return None
+    wanted = ", ".join(f"{name}={amount:g}" for name, amount in resources.items())
+    return f"a worker with {wanted}" if wanted else "a worker"
 
 
 @contextmanager

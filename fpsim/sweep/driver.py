@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 
 from fpsim.config import config_to_yaml
 from fpsim.errors import ConfigError, FpsimError, Problem, RunError
-from fpsim.sweep.cluster import check_installed, connected
+from fpsim.sweep.cluster import check_installed, connected, lacking
 from fpsim.sweep.outcome import Outcome, finish, read_outcomes, run_dir
-from fpsim.sweep.progress import showing
+from fpsim.sweep.progress import Progress, showing
 from fpsim.sweep.summary import summarize, write
 from fpsim.sweep.trials import Plan
 from fpsim.sweep.worker import train
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 POLL_SECONDS = 0.2
-
-Show = Callable[[Outcome], None]
 
 
 def run_sweep(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:
@@ -44,9 +42,9 @@ def run_sweep(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:
     with _sole_driver(plan):
         outcomes = read_outcomes(plan)
         failure = None
-        with _stop_signals() as stopped, showing(plan, outcomes, quiet) as show:
+        with _stop_signals() as stopped, showing(plan, outcomes, quiet) as progress:
             try:
-                _train_all(plan, [one for one in outcomes if one.status != "finished"], show, stopped)
+                _train_all(plan, [one for one in outcomes if one.status != "finished"], progress, stopped)
             except RunError as error:
                 failure = error
         summary = summarize(plan, outcomes)
@@ -56,7 +54,7 @@ def run_sweep(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _train_all(plan: Plan, wanted: list[Outcome], show: Show, stopped: list[str]) -> None:
+def _train_all(plan: Plan, wanted: list[Outcome], progress: Progress, stopped: list[str]) -> None:
     if not wanted:
         return
     by_hash = {outcome.trial.config_hash: outcome for outcome in wanted}
@@ -72,6 +70,8 @@ def _train_all(plan: Plan, wanted: list[Outcome], show: Show, stopped: list[str]
             pending[future] = outcome
             future.add_done_callback(messages.put)
 
+        if (lack := lacking(client, plan.sweep.dask.resources)) is not None:
+            progress.note(f"waiting for {lack}")
         for outcome in wanted:
             begin(outcome)
         while pending:
@@ -83,13 +83,13 @@ def _train_all(plan: Plan, wanted: list[Outcome], show: Show, stopped: list[str]
                     raise RunError(f"the Dask scheduler was lost, {_how_to_go_on(plan, pending)}")
                 outcome = pending.pop(message)
                 try_again = _settle(plan, outcome, message)
-                show(outcome)
+                progress.show(outcome)
                 if try_again:
                     outcome.status = "begun"
                     begin(outcome)
             elif message in by_hash and by_hash[message] in pending.values():
                 by_hash[message].status = "running"
-                show(by_hash[message])
+                progress.show(by_hash[message])
 
 
 def _next(messages: SimpleQueue[Any]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -19,31 +21,36 @@ COLORS = {"running": "yellow", "finished": "green", "failed": "red"}
 ORDER: tuple[Status, ...] = ("running", "failed", "finished", "begun", "new")
 
 
+class Progress(NamedTuple):
+    """note: prints a line; show: shows a change of an outcome."""
+
+    note: Callable[[str], None]
+    show: Callable[[Outcome], None]
+
+
 @contextmanager
-def showing(plan: Plan, outcomes: list[Outcome], quiet: bool) -> Iterator[Callable[[Outcome], None]]:
-    """A function that shows a change of an outcome."""
+def showing(plan: Plan, outcomes: list[Outcome], quiet: bool) -> Iterator[Progress]:
+    """Shows the outcomes as they change, on a terminal all of them."""
+    if quiet:
+        yield Progress(lambda _: None, lambda _: None)
+        return
     console = Console(stderr=True, highlight=False)
-    if not quiet:
-        for note in plan.notes:
-            console.print(note, markup=False, soft_wrap=True)
-        console.print(f"{plan.folder}: {_counts(outcomes)}", markup=False, soft_wrap=True)
-    if quiet or not sys.stderr.isatty():
-        yield lambda outcome: None if quiet else _print(console, outcomes, outcome)
+    note = partial(console.print, markup=False, soft_wrap=True)
+    for line in (*plan.notes, f"{plan.folder}: {_counts(outcomes)}"):
+        note(line)
+    if not sys.stderr.isatty():
+        yield Progress(note, lambda outcome: _print(note, outcomes, outcome))
         return
     with Live(_table(plan, outcomes), console=console, transient=True, refresh_per_second=4) as live:
-        yield lambda _: live.update(_table(plan, outcomes))
+        yield Progress(note, lambda _: live.update(_table(plan, outcomes)))
 
 
-def _print(console: Console, outcomes: list[Outcome], outcome: Outcome) -> None:
+def _print(note: Callable[[str], None], outcomes: list[Outcome], outcome: Outcome) -> None:
     """A line for a trial that has ended, or failed and is begun again."""
     if outcome.status in ("finished", "failed"):
         ended = sum(one.status in ("finished", "failed") for one in outcomes)
-        console.print(f"{ended} of {len(outcomes)}: {_line(outcome)}", markup=False, soft_wrap=True)
-
-
-def _line(outcome: Outcome) -> str:
-    trial = f"{outcome.trial.config_hash} {label(outcome.trial.varied)}"
-    return f"{trial}: {_end(outcome)}"
+        trial = f"{outcome.trial.config_hash} {label(outcome.trial.varied)}"
+        note(f"{ended} of {len(outcomes)}: {trial}: {_end(outcome)}")
 
 
 def _end(outcome: Outcome) -> str:

@@ -28,6 +28,7 @@ from fpsim.config.presets import preset_folder
 from fpsim.errors import ConfigError, RunError
 from fpsim.runner import run
 from fpsim.sweep import driver, load_sweep, read_outcomes, run_sweep, worker
+from fpsim.sweep.cluster import lacking
 from fpsim.sweep.outcome import Outcome, finish, run_dir
 from fpsim.sweep.page import short_names
 from fpsim.sweep.schema import json_schema
@@ -241,7 +242,7 @@ dask:
     ("old", "new", "place", "message"),
     [
         ("name: s", "name: s/t", "1:7", "name: must match"),
-        ("base: digits", "base: digit", "2:7", "base: no such file, nor one of the experiments .* did you mean 'digits'"),
+        ("base: digits", "base: digit", "2:7", "base: no such file, nor one of .* did you mean 'digits'"),
         ("base: digits", "base: 3", "2:7", "base: must be the name of an experiment, a path or a mapping \\(got 3\\)"),
         ("base: digits", "base: {name: x}", "2:1", None),
         ("  training.epochs: 1", "  training.epoch: 1", "4:3", "training.epoch: unknown key; did you mean 'epochs'"),
@@ -250,15 +251,15 @@ dask:
         ("  training.epochs: 1", "  seed: 1", "9:3", "grid.seed: `set` says this key as well"),
         ("  training.epochs: 1", "  training.epochs.x: 1", "4:3", "training.epochs is not a mapping"),
         ("format: e5m2", "format: e5m3x", "7:31", "emulation.weights.format: .*e5m3x.*; in the trial emulation"),
-        ("    - 16", "    - 16.5", "11:7", "training.batch_size: must be an integer .*; in the trial emulation=null, seed=0, tr"),
+        ("    - 16", "    - 16.5", "11:7", "training.batch_size: must be an integer .*; in the trial emul"),
         ("  seed: [0, 1]", "  seed: 1", "9:9", "grid.seed: must be a list \\(got 1\\)"),
         ("  seed: [0, 1]", "  seed: []", "9:9", "grid.seed: must have at least 1 value"),
         ("  seed: [0, 1]", "  seeds: [0, 1]", "9:3", "seeds: unknown key; did you mean 'seed'"),
         ("  samples: 2", "  samples: 0", "14:12", "random.samples: must be >= 1"),
-        ("uniform: [0.1, 0.2]", "uniform: [0.2, 0.1]", "16:49", "must be a lower and a higher number \\(got 0.2 and 0.1\\)"),
+        ("uniform: [0.1, 0.2]", "uniform: [0.2, 0.1]", "16:49", "must be a lower and a higher number \\(got 0.2 and"),
         ("uniform: [0.1, 0.2]", "log_uniform: [0, 0.1]", "16:53", "must be above 0"),
         ("uniform: [0.1, 0.2]", "uniforn: [0.1, 0.2]", "16:40", "unknown key; did you mean 'uniform'"),
-        ("uniform: [0.1, 0.2]", "uniform: [0, 1], choice: [1]", "16:39", "must say one of .* \\(got uniform, choice\\)"),
+        ("uniform: [0.1, 0.2]", "uniform: [0, 1], choice: [1]", "16:39", "must say one of .* \\(got uniform, choice"),
         ("uniform: [0.1, 0.2]", "uniform: [-1, -0.5]", "16:49", "must be > 0"),
         ("  workers: 2", "  wokers: 2", "18:3", "dask.wokers: unknown key; did you mean 'workers'"),
         ("  workers: 2", "  resources: {GPU: 0}", "18:20", "dask.resources.GPU: must be > 0 \\(got 0\\)"),
@@ -314,6 +315,24 @@ def test_a_second_driver_and_a_folder_that_cannot_be_made(planned: Planned, tmp_
     plan = planned("output=sweep.yaml")
     with pytest.raises(ConfigError, match=r"sweep.yaml/s: cannot be written: Not a directory"):
         run_sweep(plan, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("offers", "resources", "lack"),
+    [
+        ([], {}, "a worker"),
+        ([{}], {}, None),
+        ([{}, {"GPU": 1}], {"GPU": 2}, "a worker with GPU=2"),
+        ([{"GPU": 2}, {"slot": 1}], {"GPU": 1, "slot": 0.5}, "a worker with GPU=1, slot=0.5"),
+        ([{}, {"GPU": 2, "slot": 1}], {"GPU": 2, "slot": 0.5}, None),
+    ],
+)
+def test_what_trials_wait_for(offers: list[dict[str, float]], resources: dict[str, float], lack: str | None) -> None:
+    class Client:
+        def scheduler_info(self) -> dict[str, Any]:
+            return {"workers": {f"tcp://{number}": {"resources": offer} for number, offer in enumerate(offers)}}
+
+    assert lacking(Client(), resources) == lack  # type: ignore[arg-type]
 
 
 # --- a worker -------------------------------------------------------------------------------------------------------
