@@ -25,17 +25,17 @@ pytestmark = [
 ]
 
 DEADLINE_SECONDS = 120
-LATEST_STEP = 60
+LATEST_STEP = 120
 BASE: dict[str, Any] = {
     "name": "tiny",
     "threads": 1,
-    "data": {"name": "synthetic", "train_samples": 32, "test_samples": 8, "image_size": 4},
+    "data": {"name": "synthetic", "train_samples": 256, "test_samples": 8, "image_size": 4},
     "model": {"name": "mlp", "hidden": [8]},
     "training": {
-        "epochs": 30,
-        "batch_size": 8,
+        "epochs": 3,  # of 64 steps
+        "batch_size": 4,
         "optimizer": {"name": "sgd", "learning_rate": 0.1},
-        "checkpoint": {"every_steps": 2},
+        "checkpoint": {"every_steps": 4},
     },
 }
 
@@ -68,8 +68,22 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not (found := condition()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
+
+
+def trial_in_progress(trials: Path, processes: Callable[[], list[int]]) -> tuple[int, Path] | None:
+    """One of the processes and the trial that it has begun and saved, and that is far from its end."""
+    for log in trials.glob("*/log.txt"):
+        if 4 <= saved_step(log.parent) <= LATEST_STEP:
+            for pid in processes():
+                if str(log) in files_of(pid):
+                    return pid, log.parent
+    return None
+
+
+def saved_step(trial: Path) -> int:
+    return max((int(path.name[5:]) for path in (trial / "checkpoints").glob("step-*")), default=0)
 
 
 def files_of(pid: int) -> list[str]:
@@ -77,19 +91,6 @@ def files_of(pid: int) -> list[str]:
         return [file.path for file in psutil.Process(pid).open_files()]
     except psutil.Error:
         return []
-
-
-def trial_in_progress(pids: list[int], trials: Path) -> tuple[int, Path] | None:
-    """A process and the trial that it has begun and saved, and that is far from its end."""
-    for pid in pids:
-        for log in map(Path, files_of(pid)):
-            if log.name == "log.txt" and trials in log.parents and 4 <= saved_step(log.parent) <= LATEST_STEP:
-                return pid, log.parent
-    return None
-
-
-def saved_step(trial: Path) -> int:
-    return max((int(path.name[5:]) for path in (trial / "checkpoints").glob("step-*")), default=0)
 
 
 def same(results: dict[str, Any]) -> dict[str, Any]:
@@ -122,14 +123,14 @@ def test_a_sweep_outlives_a_worker_a_failing_trial_and_its_driver(start: Start, 
     workers = {one.pid: one for one in (worker("one"), worker("two"))}
     trials, copies = tmp_path / "out" / "s" / "trials", tmp_path / "out" / "s" / "results"
     first = drive("first")
-    killed, cut_off = until(lambda: trial_in_progress([*workers], trials), "no trial is in progress")
+    killed, cut_off = until(lambda: trial_in_progress(trials, lambda: [*workers]), "no trial is in progress")
     workers.pop(killed).kill()
     third = worker("three")
     workers[third.pid] = third
 
     def enough() -> tuple[int, Path] | None:
         is_late = copies.is_dir() and len([*copies.glob("*.json")]) >= 4
-        return trial_in_progress([*workers], trials) if is_late else None
+        return trial_in_progress(trials, lambda: [*workers]) if is_late else None
 
     _, orphan = until(enough, "the sweep does not go on")
     first.send_signal(signal.SIGKILL)
@@ -182,9 +183,12 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
 
     children: list[psutil.Process] = []
 
-    def in_progress() -> tuple[int, Path] | None:
+    def pids() -> list[int]:
         children[:] = psutil.Process(driver.pid).children()
-        return trial_in_progress([one.pid for one in children], trials)
+        return [one.pid for one in children]
+
+    def in_progress() -> tuple[int, Path] | None:
+        return trial_in_progress(trials, pids)
 
     killed, cut_off = until(in_progress, "no trial is in progress")
     os.kill(killed, signal.SIGKILL)
@@ -201,7 +205,7 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
     unfinished = json.loads(Path("out/s/results.json").read_text())["trials"]
     assert "unfinished" in [row["status"] for row in unfinished]
 
-    again = start("second", "fpsim.cli", "sweep", "sweep.yaml", "--json")
+    again = start("second", "fpsim.cli", "sweep", "sweep.yaml", "dask.workers=1", "--json")
     assert again.wait(DEADLINE_SECONDS) == 0, Path("second.err").read_text()
     summary = json.loads(Path("second.out").read_text())
     assert summary == json.loads(Path("out/s/results.json").read_text())
