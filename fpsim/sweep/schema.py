@@ -73,8 +73,8 @@ class Dask(Section):
 
     scheduler: str | None = Field(default=None, min_length=1)
     """Address of a Dask scheduler; null: the environment variable DASK_SCHEDULER_ADDRESS, else worker processes of this
-    machine, started for the sweep and stopped with it. Workers need fpsim and the data; paths are looked up from their
-    current directory."""
+    machine, started for the sweep and stopped with it. Workers need fpsim and the data, whose paths are looked up from
+    their current directory; they write run directories where the sweep's folder is, which need not be a shared disk."""
     workers: PositiveInt | None = None
     """Worker processes to start on this machine; null: as many as its cores allow."""
     threads_per_worker: PositiveInt = 1

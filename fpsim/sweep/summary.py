@@ -65,7 +65,7 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of the rows of trials, in the order of their first trial (see `summarize`)."""
     by_rest: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        by_rest.setdefault(json.dumps(_without_seed(row)), []).append(row)
+        by_rest.setdefault(json.dumps(_without_seed(row), sort_keys=True), []).append(row)
     found = [_group(number, members) for number, members in enumerate(by_rest.values(), start=1)]
     for cost in COSTS:
         measured = [group for group in found if None not in (group["mean"][cost], group["mean"][ACCURACY])]
