@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -217,6 +217,17 @@ class Ledger:
             Record(step, micro_batch, layer, role, pass_name, reads, writes, resident, tuple(second_name_in), stored)
         )
 
+    @classmethod
+    def summed(cls, ledgers: Sequence[Ledger]) -> Ledger:
+        """What several devices stored and moved together, which each made the same steps on a part of every batch.
+
+        Bits and elements add up, a weight's as well, which each device holds; so do products, as further groups.
+        Raises ValueError for ledgers of other tensors or products than the first's.
+        """
+        rows = zip(*(ledger.records for ledger in ledgers), strict=True)
+        products = zip(*(ledger.products for ledger in ledgers), strict=True)
+        return cls([_summed_record(same) for same in rows], [_summed_product(same) for same in products])
+
     @property
     def steps(self) -> list[int]:
         """The sampled steps."""
@@ -324,6 +335,42 @@ def peak(records: Iterable[Record], scheme: str) -> dict[str, float]:
     alive["weight_gradient"] += sum(left.values())
     moments.append(dict(alive))
     return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def _summed_record(records: tuple[Record, ...]) -> Record:
+    first, stored = records[0], [record.stored for record in records]
+    if any(replace(record, stored=first.stored) != first for record in records):
+        raise ValueError(f"the devices did not store the same tensors: {first.layer} {first.role} differs")
+
+    def total(values: Iterable[float | None]) -> float | None:
+        known = list(values)
+        return None if None in known else sum(value for value in known if value is not None)
+
+    one = stored[0]
+    return replace(
+        first,
+        stored=replace(
+            one,
+            numel=sum(s.numel for s in stored),
+            nonzeros=sum(s.nonzeros for s in stored),
+            alphas=sum(s.alphas for s in stored),
+            bits_by_part={part: sum(s.bits_by_part[part] for s in stored) for part in PARTS},
+            tag_entropy_bits=total(s.tag_entropy_bits for s in stored),
+            order0_entropy_bits=total(s.order0_entropy_bits for s in stored),
+            other_codecs_bits={name: sum(s.other_codecs_bits[name] for s in stored) for name in one.other_codecs_bits},
+        ),
+    )
+
+
+def _summed_product(products: tuple[Product, ...]) -> Product:
+    first = products[0]
+    if any(replace(p, effectual=first.effectual) != first for p in products):
+        raise ValueError(f"the devices did not make the same products: {first.layer} {first.pass_name} differs")
+    effectual = {
+        of: Effectual(*(sum(counts) for counts in zip(*(p.effectual[of] for p in products), strict=True)))
+        for of in first.effectual
+    }
+    return replace(first, groups=sum(p.groups for p in products), effectual=effectual)
 
 
 def _tensor_row(layer: str, role: str, codec: str, stored: list[Stored]) -> dict[str, Any]:

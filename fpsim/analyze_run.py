@@ -23,7 +23,7 @@ from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes
 from fpsim.gradients.distribution import ROLES
 from fpsim.report.plots import COLORS, picture
-from fpsim.runner import CONFIG_FILE, GRADIENTS_FILE, SAMPLES_FILE, find_run, rows_of
+from fpsim.run_directory import CONFIG_FILE, GRADIENTS_FILE, SAMPLES_FILE, find_run, rows_of
 from fpsim.tensor_file import wrong_file
 
 ALL = "(all layers)"

@@ -6,11 +6,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fpsim.errors import ConfigError, FpsimError
+from fpsim.errors import ConfigError, FpsimError, ToldError
 
 app = typer.Typer(
     name="fpsim",
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Ranks = Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks that train together on this machine.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to change in CONFIG.")]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of an experiment.")]
 
@@ -31,13 +32,17 @@ def run(
     config: ConfigName,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory for the run.")] = None,
+    nproc: Ranks = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train CONFIG in a new run directory."""
+    """Train CONFIG in a new run directory; on several ranks by --nproc, or started by torchrun -m fpsim run."""
     from fpsim.config import load_config
 
     loaded = load_config(config, overrides or [])
+    if nproc is not None and nproc > 1:
+        loaded.check_parts(nproc)
+        _launch(nproc)
     from fpsim import memory, runner
 
     memory.keep_freed_memory()
@@ -50,7 +55,11 @@ def resume(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with an interrupted run: it ends as if it had not been interrupted."""
+    """Go on with an interrupted run: it ends as if it had not been interrupted. On as many ranks as it was begun."""
+    from fpsim.run_directory import environment_of, run_folder
+
+    if not _is_rank() and (ranks := environment_of(run_folder(run))["world_size"]) > 1:
+        _launch(ranks)
     from fpsim import memory, runner
 
     memory.keep_freed_memory()
@@ -101,7 +110,7 @@ def report(
 
     from fpsim.report import comparison, load_results
     from fpsim.report import report as write_report
-    from fpsim.runner import find_run
+    from fpsim.run_directory import find_run
 
     folders, console = [find_run(path) for path in runs], Console()
     text = write_report(folders, output, width=console.width, color=console.is_terminal and not console.no_color)
@@ -109,11 +118,13 @@ def report(
 
 
 @app.command()
-def validate(config: ConfigName, overrides: Overrides = None) -> None:
+def validate(config: ConfigName, overrides: Overrides = None, nproc: Ranks = None) -> None:
     """Check CONFIG's keys, values and formats and print it with every default (data and layers are met by `run`)."""
     from fpsim.config import config_to_yaml, load_config
 
-    print(config_to_yaml(load_config(config, overrides or [])), end="")
+    loaded = load_config(config, overrides or [])
+    loaded.check_parts(nproc or 1)
+    print(config_to_yaml(loaded), end="")
 
 
 @app.command()
@@ -428,8 +439,12 @@ def bench(
 
 def main() -> None:
     """Entry point: exit code 0, 1 for a failure, 2 for the user's mistake."""
+    if _is_rank():  # else every rank is warned of what `fpsim.exchange` asks of DistributedDataParallel
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
+    except ToldError as error:
+        sys.exit(error.code)
     except ConfigError as error:
         _fail(str(error), 2)
     except FpsimError as error:
@@ -442,11 +457,32 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fpsim: {message}" if code == 1 else message, file=sys.stderr)
+    rank = "" if os.environ.get("RANK", "0") == "0" or not _is_rank() else f"rank {os.environ['RANK']}: "
+    print(f"fpsim: {rank}{message}" if code == 1 else f"{rank}{message}", file=sys.stderr)
     sys.exit(code)
 
 
+def _is_rank() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _launch(ranks: int) -> NoReturn:
+    """This command once a rank."""
+    from fpsim.launch import launch
+
+    arguments, given = [], iter(sys.argv[1:])
+    for argument in given:
+        if argument == "--nproc":
+            next(given)
+        elif not argument.startswith("--nproc="):
+            arguments.append(argument)
+    sys.exit(launch(ranks, arguments))
+
+
 def _show_result(result: Any, as_json: bool) -> None:
+    if _is_rank() and os.environ.get("RANK") != "0":
+        return
     if as_json:
         print(json.dumps({"run_dir": str(result.run_dir), **result.results}, indent=1))
         return

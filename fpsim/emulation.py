@@ -51,12 +51,14 @@ from fpsim.layers import (
     output_dim,
     product_modules,
     pruned_layers,
+    rounding_of,
     unsupported_layers,
 )
 from fpsim.products import AS_IT_IS, LayerCall, LayerProduct, Made, ModuleCall, Operand, Products
+from fpsim.ranks import ALONE, Ranks
 from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.saved import Kept, SavedTensors
-from fpsim.scales import largest_magnitude, sample, scale_of
+from fpsim.scales import OF_SAMPLES, measured, sample, scale_of
 from fpsim.weights.pruner import WeightPruner
 
 OPERANDS = {"forward": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("activation", "gradient")}
@@ -123,12 +125,15 @@ def emulate(
     seed: int = 0,
     optimizer: torch.optim.Optimizer | None = None,
     steps_per_epoch: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> Emulator:
     """Attach `spec` to `model` and return the handle; `handle.detach()` leaves the model as it was, bit for bit.
 
     spec: the `emulation` section of a configuration as an object or a mapping, or the name or path of an accelerator
     file. seed: of the random words. optimizer: its state is counted in the ledger when given. steps_per_epoch: for
-    weight pruning that counts in epochs. Call `handle.step()` after every optimizer step.
+    weight pruning that counts in epochs. ranks: the processes that train the model together, each on its part of every
+    batch (see `fpsim.ranks`); the loss of a part is divided by their number, and the gradients of the weights are sums
+    over them. Call `handle.step()` after every optimizer step.
     Raises ConfigError for a specification that is not valid, PatternError for a pattern that matches no layer,
     ValueError where steps_per_epoch is needed.
     """
@@ -136,16 +141,16 @@ def emulate(
         spec = {"accelerator": spec}
     if not isinstance(spec, Emulation):
         spec = parse_emulation(spec)
-    return Emulator(model, spec, seed, optimizer, steps_per_epoch)
+    return Emulator(model, spec, seed, optimizer, steps_per_epoch, ranks)
 
 
 class Emulator:
     """What `emulate` returns: the hooks on one model, their state and what they counted.
 
-    ledger: accel.Ledger of the sampled steps. statistics: one row a pruned layer (see `LayerPruning.summary`).
-    distributions: of the neural and weight gradients of the sampled steps. adapting: the layers that choose the format
-    of their gradients. weight_pruning: what prunes the weights, if anything does. multiplications: None, or a list to
-    which every product that the ledger enters is added with its masks.
+    ledger: accel.Ledger of the sampled steps, of this rank's part. statistics: one row a pruned layer (see
+    `LayerPruning.summary`). distributions: of the neural and weight gradients of the sampled steps. adapting: the
+    layers that choose the format of their gradients. weight_pruning: what prunes the weights, if anything does.
+    multiplications: None, or a list to which every product that the ledger enters is added with its masks.
 
     A delayed scale is that of the largest magnitude in the layer's tensors of that role in the steps before, as many as
     `scale_history` says; of the tensor itself in the first step, and where those are all 0. Evaluation uses it and
@@ -159,8 +164,9 @@ class Emulator:
         seed: int,
         optimizer: torch.optim.Optimizer | None,
         steps_per_epoch: int | None,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.spec, self.seed = model, spec, seed
+        self.model, self.spec, self.seed, self.ranks = model, spec, seed, ranks
         self.layers = matrix_layers(model)
         self.specs = layer_specs(model, spec)
         self.step_number = 0
@@ -177,7 +183,7 @@ class Emulator:
         self.weight_pruning: WeightPruner | None = None
         if spec.weight_pruning is not None:
             layers = pruned_layers(model, spec.weight_pruning)
-            self.weight_pruning = WeightPruner(layers, spec.weight_pruning, steps_per_epoch)
+            self.weight_pruning = WeightPruner(layers, spec.weight_pruning, steps_per_epoch, ranks)
         self._ran_in_forward: set[str] = set()
         # for delayed scales, by "layer/role": the largest magnitudes of the steps before, and of this one
         self._largest: dict[str, deque[float]] = {}
@@ -326,7 +332,7 @@ class Emulator:
             fmt, blocks = along(format_of(spec), input_dim(layer)), None
             if isinstance(fmt, accel.BlockFormat):
                 masked, words = self.masked_weight(name), self._words(f"{name}/weight")
-                blocks = accel.encode(masked, fmt, **_rounding(spec), **words)
+                blocks = accel.encode(masked, fmt, **rounding_of(spec), **words)
             with _named(f"weight of layer {name!r}"):
                 stored = self._stored(values, spec, scale, input_dim(layer))
             found[name] = EncodedWeight(values.detach(), spec, fmt, scale, blocks, stored)
@@ -487,7 +493,7 @@ class Emulator:
                 raise RunError(f"module {name!r} {message}")
             place = f"{name}/products{self._next_occurrence(f'{name}/products')}"
             count = partial(self._count_product, name, self._recorder.micro_batch) if self._recording else None
-            words = lambda number, which: self._words(f"{place}/{number}/{which}")  # noqa: E731
+            words = lambda number, which: self._words(f"{place}/{number}/{which}{self._part}")  # noqa: E731
             calls.append(ModuleCall(name, datapath, words, count))
             self._enter(calls[-1], datapath)
 
@@ -505,7 +511,7 @@ class Emulator:
     def _words_of_passes(self, name: str) -> Callable[[str], Words]:
         """The random words of a layer's products in its present call: of a pass."""
         occurrence = self._occurrence_of(name)
-        return lambda which: self._words(f"{name}/{which}{occurrence}")
+        return lambda which: self._words(f"{name}/{which}{occurrence}{self._part}")
 
     def _enter(self, call: LayerCall | ModuleCall, datapath: Datapath | None) -> None:
         """A layer or module begins. Where it is emulated it may be called by itself, outside the model's forward."""
@@ -617,6 +623,15 @@ class Emulator:
     def _mode(self) -> str:
         return "" if self.model.training else "/evaluation"
 
+    @property
+    def _part(self) -> str:
+        """Of the streams of words that products draw, which know nothing of other ranks' elements."""
+        return f"/rank {self.ranks.number}" if self.ranks.number else ""
+
+    def _ranks_of(self, role: str) -> Ranks:
+        """Those that have a part each of a tensor of the role: a weight is whole on each, an evaluated batch on one."""
+        return ALONE if role == "weight" or not self.model.training else self.ranks
+
     # --- rounding and pruning -------------------------------------------------------------------------------------
 
     def _rounded_input(self, name: str, spec: LayerSpec, x: Tensor, channel_dim: int) -> tuple[Tensor, Scale]:
@@ -657,22 +672,25 @@ class Emulator:
         self, x: Tensor, spec: TensorSpec, layer: str, role: str, stream: str, scale_dim: int, block_dim: int
     ) -> tuple[Tensor, Scale]:
         """x rounded, and its scale; scales a channel go along scale_dim, blocks of a block format along block_dim."""
-        fmt = along(format_of(spec), block_dim)
+        fmt, ranks = along(format_of(spec), block_dim), self._ranks_of(role)
         dim = scale_dim if spec.granularity == "channel" else None
         with torch.no_grad():
             scale = None
             if spec.scale != "none":
-                amax = self._finite_amax(x.detach(), dim, layer, role)
-                scale = self._scale(x.detach(), spec, fmt, dim, amax, f"{layer}/{role}")
-            out = torch.empty_like(x)
-            return accel.quantize(x, fmt, scale=scale, out=out, **_rounding(spec), **self._words(stream)), scale
+                amax, drawn = self._measured(x.detach(), dim, layer, role, with_sample=spec.scale in OF_SAMPLES)
+                scale = self._scale(drawn if dim is None else x.detach(), spec, fmt, dim, amax, layer, role)
+            out, offset = torch.empty_like(x), ranks.number * x.numel()
+            words = self._words(stream)
+            return accel.quantize(x, fmt, scale=scale, out=out, offset=offset, **rounding_of(spec), **words), scale
 
-    def _finite_amax(self, x: Tensor, dim: int | None, layer: str, role: str) -> float | Tensor:
-        """The largest magnitude of x, or of its channels. Raises NonFiniteError for an x that is not finite."""
-        amax = largest_magnitude(x, dim)
+    def _measured(
+        self, x: Tensor, dim: int | None, layer: str, role: str, *, with_sample: bool = True
+    ) -> tuple[float | Tensor, Tensor]:
+        """As `fpsim.scales.measured` of the ranks' parts. Raises NonFiniteError for a tensor that is not finite."""
+        amax, drawn = measured(x, dim, self._ranks_of(role), with_sample=with_sample)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
             raise NonFiniteError(role, layer, self.step_number)
-        return amax
+        return amax, drawn
 
     def _scale(
         self,
@@ -681,18 +699,16 @@ class Emulator:
         fmt: accel.Format | accel.BlockFormat,
         dim: int | None,
         amax: float | Tensor,
-        key: str,
+        layer: str,
+        role: str,
     ) -> Scale:
-        """The scale of x (or of a `sample` of it) of that largest magnitude, None for a block format.
-
-        key: of the history of a delayed scale.
-        """
+        """The scale of x (or of a `sample` of it) of that largest magnitude, None for a block format."""
         if isinstance(fmt, accel.BlockFormat):
             return None
         if spec.scale == "delayed":
             assert isinstance(amax, float)
-            amax = self._delayed(key, amax, spec.scale_history)
-        return scale_of(x, fmt, spec.scale, amax, dim)
+            amax = self._delayed(f"{layer}/{role}", amax, spec.scale_history)
+        return scale_of(x, fmt, spec.scale, amax, dim, self._ranks_of(role))
 
     def _delayed(self, key: str, amax: float, steps: int) -> float:
         """The largest magnitude of the steps before, this tensor's where that is 0; its own counts from the next on."""
@@ -703,8 +719,9 @@ class Emulator:
 
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> tuple[Tensor, Operand]:
         """dY as the hardware holds it."""
+        ranks = self._ranks_of("gradient")
         if call.micro_batch == 0 and dy.numel():
-            self.distributions.record(self.step_number, name, "dY", dy)
+            self.distributions.record(self.step_number, name, "dY", dy, ranks)
         if role is None or dy.numel() == 0:
             if call.micro_batch is not None:
                 plain = stored_plain(dy.numel())
@@ -712,12 +729,14 @@ class Emulator:
             return dy, AS_IT_IS
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad():
-            amax, drawn = self._finite_amax(dy, dim, name, "gradient"), sample(dy)
+            amax, drawn = self._measured(dy, dim, name, "gradient")
+            drawn = sample(drawn)
             is_fixed = role.adapt is None
             fmt = format_of(role) if is_fixed else self.adapting[name].renew(drawn, self.step_number)
             fmt = along(fmt, call.channel_dim)
-            scale = self._scale(drawn if dim is None else dy, role, fmt, dim, amax, f"{name}/gradient")
-            options = {"scale": scale, "out": torch.empty_like(dy), **_rounding(role), **self._words(call.stream)}
+            scale = self._scale(drawn if dim is None else dy, role, fmt, dim, amax, name, "gradient")
+            options: dict[str, Any] = {"scale": scale, "offset": ranks.number * dy.numel()}
+            options |= {"out": torch.empty_like(dy), **rounding_of(role), **self._words(call.stream)}
             if role.pruning is None:
                 rounded = accel.quantize(dy, fmt, **options)
                 alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
@@ -725,23 +744,25 @@ class Emulator:
                 pruning = self.pruning[name]
                 alpha = min(pruning.threshold(drawn.numpy(), self.step_number), FLOAT32_MAX)
                 if role.pruning.policy == "heterogeneous" and pruning.renewed_at == self.step_number:
-                    self._samples[name] = drawn.numpy().copy(), dy.numel()
+                    self._samples[name] = drawn.numpy().copy(), dy.numel() * ranks.count
                 if role.pruning.policy == "topk":
                     rounded = accel.quantize(torch.where(dy.abs() < alpha, 0.0, dy), fmt, **options)
                     alpha, counts = 0.0, accel.count_blocks(rounded)
                 else:
                     alpha = _snap(alpha, fmt, scale) if pruning.alpha_kept == "snap" else float(np.float32(alpha))
                     rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
-                self._count_sparsity(pruning, counts.total)
+                self._count_sparsity(pruning, counts.total, ranks)
                 if call.micro_batch is not None:
-                    pruning.measure(dy, rounded)
+                    pruning.measure(dy, rounded, ranks)
         if call.micro_batch is not None and counts is not None:
             with _named(f"gradient of layer {name!r}"):
                 stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)
             self._recorder.gradient(name, stored, call.micro_batch, call.has_dgrad, call.has_wgrad)
         return rounded, Operand(fmt, scale, alpha, rounded)
 
-    def _count_sparsity(self, pruning: LayerPruning, total: accel.Counts) -> None:
+    def _count_sparsity(self, pruning: LayerPruning, part: accel.Counts, ranks: Ranks) -> None:
+        numel, nonzeros, alphas = (int(count) for count in ranks.totals(part.numel, part.nonzeros, part.alphas))
+        total = accel.Counts(numel, nonzeros, alphas)
         pruning.record(total)
         self._step_zeros += total.numel - total.nonzeros
         self._step_elements += total.numel
@@ -778,16 +799,6 @@ def _named(tensor: str) -> Iterator[None]:
         yield
     except accel.CodecError as error:
         raise RunError(f"{tensor}: {error}") from error
-
-
-def _rounding(spec: TensorSpec) -> dict[str, Any]:
-    """How the values of a tensor are rounded, as `accel.quantize` takes it."""
-    return {
-        "rounding": spec.rounding,
-        "overflow": spec.overflow,
-        "random_bits": spec.random_bits,
-        "flush_subnormals": spec.flush_subnormals,
-    }
 
 
 def _alpha_kept(spec: GradientSpec) -> str:

@@ -44,6 +44,14 @@ class RunError(FpsimError):
     """A run that failed (exit code 1)."""
 
 
+class ToldError(FpsimError):
+    """What ends this rank, and rank 0 tells. code: the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rank 0 tells why (exit code {code})")
+        self.code = code
+
+
 class NonFiniteError(RunError):
     """A NaN or an infinity where training cannot go on. `layer` is where it was seen first."""
 

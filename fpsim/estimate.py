@@ -29,7 +29,7 @@ from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes, write_json, write_text
 from fpsim.report.plots import COLORS, picture
 from fpsim.report.results import load_results
-from fpsim.runner import CONFIG_FILE, RESULTS_FILE, ledger_of, run_folder
+from fpsim.run_directory import CONFIG_FILE, RESULTS_FILE, ledger_of, run_folder
 
 SCHEME_COLORS = dict(zip(("encoded", "fp32", "bf16"), COLORS, strict=False))
 KIND_COLORS = {

@@ -29,7 +29,7 @@ from fpsim.emulation import EncodedWeight, emulate
 from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes, write_json
 from fpsim.packed_model import load_state, pack_weight, save_packed
-from fpsim.runner import CONFIG_FILE, run_folder
+from fpsim.run_directory import CONFIG_FILE, run_folder
 from fpsim.training import build_optimizer
 
 PACKED_FILE, PLAIN_FILE, TABLE_FILE = "packed.safetensors", "plain.safetensors", "export.json"

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -237,6 +238,16 @@ def output_dim(module: nn.Module) -> int:
 def input_dim(module: nn.Module) -> int:
     """The dimension of a layer's weight that counts its inputs."""
     return 1 - output_dim(module)
+
+
+def rounding_of(spec: TensorSpec) -> dict[str, Any]:
+    """How the values of a tensor are rounded, as `accel.quantize` takes it."""
+    return {
+        "rounding": spec.rounding,
+        "overflow": spec.overflow,
+        "random_bits": spec.random_bits,
+        "flush_subnormals": spec.flush_subnormals,
+    }
 
 
 def along(fmt: accel.Format | accel.BlockFormat, dim: int) -> accel.Format | accel.BlockFormat:

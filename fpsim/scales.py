@@ -27,9 +27,11 @@ from torch import Tensor
 import accel
 from accel import Format
 from fpsim.float_choice import Lognormal, best_exponent_bits_of, scaled_error
+from fpsim.ranks import ALONE, Ranks
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-126, 2.0**127
 SIGMA_STEPS = 16  # a binade
+OF_SAMPLES = ("lognormal_mean", "lognormal_error")  # the scales that look at a sample
 SAMPLE = 4096  # elements that the mean of log2|x| is taken over
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # of 2^64: its multiples are sample positions that follow no stride of the tensor
 
@@ -42,10 +44,49 @@ def largest_magnitude(x: Tensor, channel_dim: int | None = None) -> float | Tens
     return torch.maximum(-x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)).float()
 
 
+def measured(
+    x: Tensor, channel_dim: int | None, ranks: Ranks = ALONE, *, with_sample: bool = True
+) -> tuple[float | Tensor, Tensor]:
+    """The `largest_magnitude` of the tensor of which x is this rank's part, and a `sample` of it.
+
+    Several ranks that meet a number that is not finite all get infinity. Where no sample is wanted it may be anything;
+    one rank alone gets x itself, of which `sample` is the same.
+    """
+    amax = largest_magnitude(x, channel_dim)
+    if ranks.count == 1:
+        return amax, x
+    magnitudes = torch.as_tensor(amax, dtype=torch.float32)
+    magnitudes = torch.where(magnitudes.isfinite(), magnitudes, torch.inf)
+    told = [magnitudes.flatten(), _placed(x, ranks)] if with_sample else [magnitudes.flatten()]
+    largest, drawn = ranks.maximum(torch.cat(told)).tensor_split([magnitudes.numel()])
+    return (float(largest) if isinstance(amax, float) else largest.view_as(amax)), drawn
+
+
+def sample_of_parts(x: Tensor, ranks: Ranks) -> Tensor:
+    """The `sample` of the tensor of which x is this rank's part."""
+    return sample(x) if ranks.count == 1 else ranks.maximum(_placed(x, ranks))
+
+
+def _placed(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sample of the whole tensor with what this rank has of it, and minus infinity elsewhere."""
+    size, begin = x.numel() * ranks.count, x.numel() * ranks.number
+    places = torch.arange(size) if size <= SAMPLE else _positions(size, SAMPLE)
+    is_own = (places >= begin) & (places < begin + x.numel())
+    placed = torch.full((len(places),), -torch.inf)
+    placed[is_own] = x.detach().reshape(-1)[places[is_own] - begin].float().nan_to_num(torch.inf)
+    return placed
+
+
 def scale_of(
-    x: Tensor, fmt: Format, kind: str | float, amax: float | Tensor, channel_dim: int | None = None
+    x: Tensor,
+    fmt: Format,
+    kind: str | float,
+    amax: float | Tensor,
+    channel_dim: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> float | Tensor | None:
-    """The scale of x for `fmt`, given its `largest_magnitude` over the same channels; None means 1.
+    """The scale for `fmt` of x, or of the tensor of which x is this rank's part, given its `largest_magnitude` over the
+    same channels; None means 1.
 
     delayed: amax is that of earlier steps.
     """
@@ -54,7 +95,7 @@ def scale_of(
     if isinstance(kind, float):
         return kind
     if isinstance(amax, Tensor):
-        return _channel_scales(x, fmt, kind, amax, channel_dim)
+        return _channel_scales(x, fmt, kind, amax, channel_dim, ranks)
     if amax == 0:
         return 1.0
     if kind in ("amax", "delayed"):
@@ -74,7 +115,7 @@ def scale_of(
     return 2.0 ** min(max(exponent, -126), 127)
 
 
-def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim: int | None) -> Tensor:
+def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim: int | None, ranks: Ranks) -> Tensor:
     largest = amax.numpy()  # NumPy: its small operations cost a fraction of torch's
     ratio = largest.astype(np.float64) / fmt.max
     if kind == "amax":
@@ -86,7 +127,7 @@ def _channel_scales(x: Tensor, fmt: Format, kind: str, amax: Tensor, channel_dim
         exponents = np.where(mantissa == 0.5, exponents - 1, exponents)
         if kind == "lognormal_mean":
             assert channel_dim is not None
-            centred = np.round(channel_means_log2(x, channel_dim).numpy() - _centre(fmt))
+            centred = np.round(channel_means_log2(x, channel_dim, ranks).numpy() - _centre(fmt))
             exponents = np.maximum(exponents, np.maximum(centred, -126).astype(exponents.dtype))
         scales = np.ldexp(1.0, np.clip(exponents, -126, 127)).astype(np.float32)
     return torch.from_numpy(np.where(largest > 0, scales, np.float32(1)))
@@ -127,13 +168,14 @@ def _best_offset(fmt: Format, steps: int) -> int:
     return int(scaled_error(fmt, Lognormal(steps / SIGMA_STEPS))[1])
 
 
-def channel_means_log2(x: Tensor, channel_dim: int) -> Tensor:
-    """The same of every channel: float64 in a shape that broadcasts with x."""
+def channel_means_log2(x: Tensor, channel_dim: int, ranks: Ranks = ALONE) -> Tensor:
+    """The mean of log2|x| of every channel, of all ranks' parts: float64 in a shape that broadcasts with x."""
     values = x.double().abs()
     dims = [d for d in range(x.ndim) if d != channel_dim % x.ndim]
     nonzero = values > 0
     count = nonzero.sum(dims, keepdim=True)
     total = torch.where(nonzero, values, 1).log2().sum(dims, keepdim=True)
+    count, total = ranks.total(count), ranks.total(total)
     return torch.where(count > 0, total / count.clamp(min=1), -torch.inf)
 
 

@@ -54,7 +54,8 @@ from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes, write_json, write_text
 from fpsim.layers import LayerSpec
 from fpsim.products import AS_IT_IS, LayerProduct
-from fpsim.runner import forward_and_backward, opened
+from fpsim.runner import opened
+from fpsim.session import forward_and_backward
 
 MASKS_FILE, DENSITIES_FILE = "masks.safetensors", "densities.json"
 VERSION = 0.4

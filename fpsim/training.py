@@ -13,6 +13,7 @@ from torch.nn import functional
 from fpsim.config.schema import Adam, ConstantSchedule, CosineSchedule, Sgd, StepSchedule
 from fpsim.data import Split
 from fpsim.errors import NonFiniteError
+from fpsim.ranks import ALONE, Ranks
 
 EVALUATION_BATCH = 250
 
@@ -75,13 +76,16 @@ def count_correct(logits: Tensor, labels: Tensor) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile."""
+def evaluate(model: nn.Module, split: Split, ranks: Ranks = ALONE) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile.
+
+    Of several ranks, each evaluates every so many batches.
+    """
     was_training = model.training
     model.eval()
     loss, correct, count = 0.0, 0, 0
     try:
-        for indices in torch.arange(len(split)).split(EVALUATION_BATCH):
+        for indices in torch.arange(len(split)).split(EVALUATION_BATCH)[ranks.number :: ranks.count]:
             inputs, labels = split.batch(indices)
             logits = model(inputs)
             loss += float(cross_entropy(logits, labels, reduction="sum"))
@@ -89,7 +93,8 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
             count += labels.numel()
     finally:
         model.train(was_training)
-    return loss / count, 100 * correct / count
+    loss, total_correct, total = ranks.totals(loss, correct, count)
+    return loss / total, 100 * total_correct / total
 
 
 def check_gradients(model: nn.Module, step: int) -> None:

@@ -145,8 +145,7 @@ def load_format(text: str) -> accel.Format | accel.BlockFormat:
 def parse_emulation(mapping: Mapping[str, Any]) -> Emulation:
     """The `emulation` section alone, of plain data (`accelerator` included). Raises ConfigError."""
     rest = {"data": {"name": "synthetic"}, "model": {"name": "mlp"}}
-    sgd = {"name": "sgd", "learning_rate": 1.0}
-    training = {"epochs": 1, "batch_size": 4, "micro_batches": 4, "optimizer": sgd}  # parts enough for any snr
+    training = {"epochs": 1, "batch_size": 1, "optimizer": {"name": "sgd", "learning_rate": 1.0}}
     emulation = parse_config({**rest, "training": training, "emulation": mapping}).emulation
     if emulation is None:
         raise ConfigError([Problem("emulation", "must be a mapping (got null)")])

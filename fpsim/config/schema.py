@@ -300,46 +300,6 @@ class StepSchedule(Section):
     """What the learning rate is multiplied by."""
 
 
-class Checkpoint(Section):
-    """When the state of a run is saved."""
-
-    every_steps: PositiveInt = 100
-    """Steps between checkpoints."""
-    keep: PositiveInt = 2
-    """How many of the latest checkpoints are kept."""
-
-
-class Training(Section):
-    """How the network is trained."""
-
-    epochs: PositiveInt
-    """Passes over the training data."""
-    batch_size: PositiveInt
-    """Samples per step."""
-    micro_batches: PositiveInt = 1
-    """Equal parts of a batch that run one after another; their gradients add up."""
-    optimizer: Sgd | Adam = Field(discriminator="name")
-    """The optimizer."""
-    schedule: ConstantSchedule | CosineSchedule | StepSchedule = Field(ConstantSchedule(), discriminator="name")
-    """The learning rate over time."""
-    checkpoint: Checkpoint = Checkpoint()
-    """When the state of a run is saved."""
-
-    @model_validator(mode="after")
-    def _micro_batches_are_equal(self) -> Training:
-        if self.batch_size % self.micro_batches:
-            message = f"must divide the batch size of {self.batch_size} (got {self.micro_batches})"
-            raise _error_at("micro_batches", message)
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_ends_before_training(self) -> Training:
-        if isinstance(self.schedule, CosineSchedule) and self.schedule.warmup_epochs >= self.epochs:
-            message = f"must be less than the {self.epochs} epochs of training (got {self.schedule.warmup_epochs:g})"
-            raise _error_at("schedule.warmup_epochs", message)
-        return self
-
-
 # --- emulation ----------------------------------------------------------------------------------------------------
 
 
@@ -975,6 +935,73 @@ class Emulation(Section):
     """How often storage and traffic are counted."""
 
 
+# --- ranks and training ---------------------------------------------------------------------------------------------
+
+
+class Communication(TensorSpec):
+    """How weight gradients travel between ranks: rounded, packed, added up as they arrive."""
+
+    error_feedback: bool = True
+    """What rounding leaves out is added to the same gradient of the next step."""
+    sparsity: Fraction = 0.0
+    """Share of each gradient, its smallest magnitudes, that is not sent but left out."""
+
+    @model_validator(mode="after")
+    def _is_one_stream(self) -> Communication:
+        import accel
+
+        fmt = number_format(self.format)
+        if isinstance(fmt, accel.BlockFormat):
+            raise _error_at("format", f"must be a scalar format: gradients are sent as its streams (got {fmt.name!r})")
+        if self.granularity != "tensor":
+            raise _error_at("granularity", f"must be 'tensor' for what ranks send (got {shown(self.granularity)})")
+        if self.scale == "delayed":
+            raise _error_at("scale", "'delayed' is not for what ranks send, whose largest magnitudes differ")
+        return self
+
+
+class Checkpoint(Section):
+    """When the state of a run is saved."""
+
+    every_steps: PositiveInt = 100
+    """Steps between checkpoints."""
+    keep: PositiveInt = 2
+    """How many of the latest checkpoints are kept."""
+
+
+class Training(Section):
+    """How the network is trained."""
+
+    epochs: PositiveInt
+    """Passes over the training data."""
+    batch_size: PositiveInt
+    """Samples per step."""
+    micro_batches: PositiveInt = 1
+    """Equal parts of a batch that run one after another; their gradients add up."""
+    optimizer: Sgd | Adam = Field(discriminator="name")
+    """The optimizer."""
+    schedule: ConstantSchedule | CosineSchedule | StepSchedule = Field(ConstantSchedule(), discriminator="name")
+    """The learning rate over time."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the state of a run is saved."""
+    communication: Communication | None = None
+    """How ranks send their weight gradients; null: an all-reduce of float32. One rank sends nothing."""
+
+    @model_validator(mode="after")
+    def _micro_batches_are_equal(self) -> Training:
+        if self.batch_size % self.micro_batches:
+            message = f"must divide the batch size of {self.batch_size} (got {self.micro_batches})"
+            raise _error_at("micro_batches", message)
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends_before_training(self) -> Training:
+        if isinstance(self.schedule, CosineSchedule) and self.schedule.warmup_epochs >= self.epochs:
+            message = f"must be less than the {self.epochs} epochs of training (got {self.schedule.warmup_epochs:g})"
+            raise _error_at("schedule.warmup_epochs", message)
+        return self
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 
@@ -1009,16 +1036,18 @@ class Config(Section):
 
     _source: Source = PrivateAttr(default_factory=Source)
 
-    @model_validator(mode="after")
-    def _a_step_has_the_parts_that_snr_needs(self) -> Config:
-        spec = None if self.emulation is None else self.emulation.weight_pruning
+    def check_parts(self, ranks: int) -> None:
+        """Raises ConfigError where a batch cannot be cut for so many ranks, or has too few parts for snr."""
+        training, spec = self.training, None if self.emulation is None else self.emulation.weight_pruning
+        if ranks > 1 and training.batch_size % (ranks * training.micro_batches):
+            message = f"must be a multiple of {ranks} ranks times {training.micro_batches} micro-batches"
+            raise self.problem("training.batch_size", f"{message} (got {training.batch_size})")
         if isinstance(spec, SnrPruning) and spec.estimator != "ema":
-            key = "micro_batches" if spec.estimator == "microbatch" else "batch_size"
-            least, parts = (4 if spec.average == "ratio" else 2), getattr(self.training, key)
+            key, factor = ("micro_batches", ranks) if spec.estimator == "microbatch" else ("batch_size", 1)
+            least, parts = (4 if spec.average == "ratio" else 2), factor * getattr(training, key)
             if parts < least:
                 message = f"must be {least} or more for snr by {spec.estimator} with average {spec.average}"
-                raise _error_at(f"training.{key}", f"{message} (got {parts})")
-        return self
+                raise self.problem(f"training.{key}", f"{message} (got {parts}{f' on {ranks} ranks' * (ranks > 1)})")
 
     @field_validator("version", mode="before")
     @classmethod

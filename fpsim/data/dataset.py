@@ -20,11 +20,14 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Images float32 [B, C, H, W], normalised, and labels int64 [B], for `indices` int64 [B].
 
         Of a text: characters int64 [B, T], and as labels the character after each, int64 [B, T].
         `generator` (CPU) augments the images of a split that augments: a function of its state alone. None: as stored.
+        `chosen`: only these positions of the batch, int64; each is augmented as it is in the whole batch. None: all.
         """
 
 
@@ -63,14 +66,17 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Split.batch`."""
+        kept = slice(None) if chosen is None else chosen
         images = self.images[indices]
         if self.augment and generator is not None:
             images = random_crop(images, generator)
             if self.flip:
-                images = random_flip(images, generator)
-        return normalise(images, self.mean, self.std), self.labels[indices]
+                images = flipped(images, draw_flips(len(images), generator))
+        return normalise(images[kept], self.mean, self.std), self.labels[indices[kept]]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -103,10 +109,14 @@ def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(count), :, top, left]
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image [B, C, H, W] mirrored left to right with probability one half."""
-    flipped = torch.randint(2, (len(images), 1, 1, 1), generator=generator, dtype=torch.bool)
-    return torch.where(flipped, images.flip(3), images)
+def draw_flips(count: int, generator: torch.Generator) -> Tensor:
+    """Which of so many images to mirror, each with probability one half: bool [count, 1, 1, 1]."""
+    return torch.randint(2, (count, 1, 1, 1), generator=generator, dtype=torch.bool)
+
+
+def flipped(images: Tensor, which: Tensor) -> Tensor:
+    """Images [B, C, H, W], those of `which` mirrored left to right."""
+    return torch.where(which, images.flip(3), images)
 
 
 def fixed_shuffle(count: int) -> npt.NDArray[np.intp]:

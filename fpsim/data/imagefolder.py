@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fpsim.data.dataset import Dataset, limited, normalise, random_flip
+from fpsim.data.dataset import Dataset, draw_flips, flipped, limited, normalise
 from fpsim.data.errors import DataError, missing
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".webp")
@@ -37,13 +37,17 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Split.batch`. Raises DataError for a file that is not an image."""
+        kept = slice(None) if chosen is None else chosen
+        count, indices = len(indices), indices[kept]
         paths = [self.paths[i] for i in indices.tolist()]
         if self.augment and generator is not None:
-            draws = torch.rand(len(paths), 4, generator=generator, dtype=torch.float64).tolist()
+            draws = torch.rand(count, 4, generator=generator, dtype=torch.float64)[kept].tolist()
             images = torch.stack([self._decode(path, draw) for path, draw in zip(paths, draws, strict=True)])
-            images = random_flip(images, generator)
+            images = flipped(images, draw_flips(count, generator)[kept])
         else:
             images = torch.stack([self._decode(path, None) for path in paths])
         return normalise(images, IMAGENET_MEAN, IMAGENET_STD), self.labels[indices]

@@ -24,8 +24,11 @@ class TableSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Split.batch`. Nothing is augmented."""
+        indices = indices if chosen is None else indices[chosen]
         return self.values[indices], self.labels[indices]
 
 

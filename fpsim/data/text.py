@@ -26,8 +26,11 @@ class TextSplit:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """See `Split.batch`. Nothing is augmented."""
+        indices = indices if chosen is None else indices[chosen]
         windows = self.codes[self.starts[indices, None] + torch.arange(self.context + 1)]
         return windows[:, :-1], windows[:, 1:]
 

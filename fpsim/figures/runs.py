@@ -16,7 +16,8 @@ import numpy as np
 from fpsim.config import Config, config_hash, load_config
 from fpsim.errors import ConfigError, Problem
 from fpsim.report.results import Results, load_results
-from fpsim.runner import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, resume, rows_of, run
+from fpsim.run_directory import CONFIG_FILE, METRICS_FILE, RESULTS_FILE, rows_of
+from fpsim.runner import resume, run
 
 
 def of_gradients(folder: Path, results: Results) -> dict[str, Any]:

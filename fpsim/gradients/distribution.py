@@ -7,6 +7,7 @@ Source: Chmiel et al., ICLR 2021, section 3.
 
 from __future__ import annotations
 
+import math
 from itertools import takewhile
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import accel
 from fpsim.distributions import SMALLEST_SAMPLE, compare
-from fpsim.scales import sample
+from fpsim.ranks import ALONE, Ranks
+from fpsim.scales import sample_of_parts
 
 ROLES = ("dY", "dW")
 
@@ -38,10 +40,12 @@ class Distributions:
         rows = takewhile(lambda row: row["step"] == step, reversed(self.rows))
         return [row["layer"] for row in rows if row["role"] == "dY"][::-1]
 
-    def record(self, step: int, layer: str, role: str, x: Tensor) -> None:
-        """Enter a gradient: of all of it elements, zeros, mean and deviation of log2|x| over the nonzeros; D of seven
-        distributions (see fpsim.distributions) of the `sample` of 4096 elements, None where it has no fit."""
-        whole, taken = accel.log2_statistics(x), sample(x.detach()).to("cpu", torch.float32, copy=True)
+    def record(self, step: int, layer: str, role: str, x: Tensor, ranks: Ranks = ALONE) -> None:
+        """Enter a gradient, of which x may be this rank's part: of all of it elements, zeros, mean and deviation of
+        log2|x| over the nonzeros; D of seven distributions (see fpsim.distributions) of the `sample` of 4096 elements,
+        None where it has no fit."""
+        whole = _of_all(accel.log2_statistics(x), ranks)
+        taken = sample_of_parts(x.detach(), ranks).to("cpu", torch.float32, copy=True)
         values = taken.numpy()
         can_fit = not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
         fitted = compare(values) if can_fit else {}
@@ -58,6 +62,18 @@ class Distributions:
             }
         )
         self.samples[f"{role} {layer}"] = taken
+
+
+def _of_all(part: accel.Log2Statistics, ranks: Ranks) -> accel.Log2Statistics:
+    """The statistics of all ranks' parts."""
+    if ranks.count == 1:
+        return part
+    mean, std = (part.mean, part.std) if part.nonzeros else (0.0, 0.0)
+    moments = part.nonzeros * mean, part.nonzeros * (std * std + mean * mean)
+    numel, nonzeros, not_finite, total, squares = ranks.totals(part.numel, part.nonzeros, part.not_finite, *moments)
+    mean = total / nonzeros if nonzeros else math.nan
+    std = math.sqrt(max(squares / nonzeros - mean * mean, 0.0)) if nonzeros else math.nan
+    return accel.Log2Statistics(int(numel), int(nonzeros), int(not_finite), mean, std)
 
 
 def _plain(value: float) -> float | None:

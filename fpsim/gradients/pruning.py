@@ -17,6 +17,7 @@ from torch import Tensor
 from accel import Counts
 from fpsim.config.schema import Pruning
 from fpsim.gradients import thresholds
+from fpsim.ranks import ALONE, Ranks
 
 RULES = {
     "empirical": thresholds.empirical,
@@ -127,13 +128,16 @@ class LayerPruning:
         if counts.nonzeros:
             self.alpha_share.add(counts.alphas / counts.nonzeros)
 
-    def measure(self, dy: Tensor, rounded: Tensor) -> None:
-        """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two; nothing if dy is 0."""
+    def measure(self, dy: Tensor, rounded: Tensor, ranks: Ranks = ALONE) -> None:
+        """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two, of all ranks' parts;
+        nothing if dy is 0."""
         exact, kept = dy.double(), rounded.double()
-        total, norms = float(exact.abs().sum()), float(exact.norm() * kept.norm())
+        sums = exact.abs().sum(), kept.abs().sum(), exact.square().sum(), kept.square().sum(), (exact * kept).sum()
+        total, kept_total, squares, kept_squares, products = ranks.totals(*(float(one) for one in sums))
         if total:
-            self.bias.add(float(kept.abs().sum()) / total - 1)
-            self.cosine.add(float((exact * kept).sum()) / norms if norms else 0.0)
+            norms = math.sqrt(squares * kept_squares)
+            self.bias.add(kept_total / total - 1)
+            self.cosine.add(products / norms if norms else 0.0)
 
     def summary(self, layer: str) -> dict[str, Any]:
         """Asked and achieved sparsity, mean over every step, beside the lognormal rule's; bias and cosine, over the

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fpsim.config.schema import DensePruning, Refresh, SnrPruning, WeightPruning
 from fpsim.errors import RunError
+from fpsim.ranks import ALONE, Ranks
 from fpsim.weights.masks import Masks, keep_by_snr, keep_share, ramp
 from fpsim.weights.per_sample import sum_of_squares
 from fpsim.weights.snr import Average, false_prune_rate, moments_of_parts, threshold_of_rate
@@ -25,11 +26,18 @@ HISTOGRAM = range(-16, 17)  # edges of the classes of log2 snr
 class WeightPruner:
     """What prunes the weights of some layers; `rows` holds what every renewal of the masks did.
 
-    layers: by name, each with a parameter `weight`. steps_per_epoch: for the methods that count in epochs.
+    layers: by name, each with a parameter `weight`. steps_per_epoch: for the methods that count in epochs. ranks: those
+    that train on a part of every batch each; their gradients are parts of a batch like those of micro-batches.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], spec: WeightPruning, steps_per_epoch: int | None) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        spec: WeightPruning,
+        steps_per_epoch: int | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.spec, self.ranks = spec, ranks
         self.rows: list[dict[str, Any]] = []
         self.masks: Masks = {}
         self.sparsity = 0.0  # share of zeros in all masks
@@ -103,6 +111,7 @@ class WeightPruner:
 
     def end_step(self) -> None:
         """Add the step's gradients to the averages. Raises RunError where they do not tell a variance."""
+        self._add_up_ranks()
         for name, total in self._totals.items():
             average = self._averages[name]
             if average.rule == "ema":
@@ -117,6 +126,16 @@ class WeightPruner:
                     f"({self._estimator}: got {self._parts.get(name, 0)})"
                 ) from None
         self.restart_step()
+
+    def _add_up_ranks(self) -> None:
+        sums = [*self._totals.values(), *self._squares.values()]
+        if self.ranks.count == 1 or not sums:
+            return
+        everything = self.ranks.total(torch.cat([one.flatten() for one in sums]))
+        for one, summed in zip(sums, everything.split([one.numel() for one in sums]), strict=True):
+            one.copy_(summed.view_as(one))
+        for name in self._parts:
+            self._parts[name] *= self.ranks.count
 
     def restart_step(self) -> None:
         """Forget the gradients of the current step."""

@@ -170,12 +170,21 @@ def test_a_loss_that_is_not_finite(fpsim: Fpsim, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint(fpsim: Fpsim, tmp_path: Path) -> None:
+    """The one before it is taken, with a warning; where none is whole, the error names the newest."""
     assert fpsim("run", "tiny.yaml", "--run-dir", "run", "-q").code == 0
-    (tmp_path / "run" / "checkpoints" / "step-6" / "model.safetensors").write_bytes(b"")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    (newest / "model.safetensors").write_bytes(b"")
+    code, _, err = fpsim("resume", "run", "-q")
+    assert code == 0
+    (line,) = err.splitlines()
+    assert line.startswith(f"fpsim: warning: run/checkpoints/{newest.name}/model.safetensors: damaged")
+    for path in (older, newest):
+        (path / "model.safetensors").write_bytes(b"")
     code, out, err = fpsim("resume", "run", "-q")
     assert (code, out) == (1, "")
     (line,) = err.splitlines()
-    assert line.startswith("fpsim: run/checkpoints/step-6/model.safetensors: ")
+    assert line.startswith(f"fpsim: run/checkpoints/{newest.name}/model.safetensors: ")
+    assert line.endswith("no checkpoint of this run is whole")
 
 
 def test_a_run_of_a_newer_version_is_not_resumed(fpsim: Fpsim, tmp_path: Path) -> None:

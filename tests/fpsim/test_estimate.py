@@ -14,7 +14,8 @@ from matplotlib.image import imread
 import accel
 from fpsim.config import parse_config
 from fpsim.config.presets import preset_folder
-from fpsim.runner import ledger_of, run
+from fpsim.run_directory import ledger_of
+from fpsim.runner import run
 from tests.fpsim.command_line import command
 
 MACHINES = ["edge-npu", "tpu-like", "tensor-core-gpu"]

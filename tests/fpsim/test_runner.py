@@ -20,88 +20,17 @@ from torch import nn
 
 import accel
 import models
-from fpsim import checkpoint, runner
+from fpsim import checkpoint, data, run_directory, runner
 from fpsim.config import load_config, parse_config
 from fpsim.emulation import NonFiniteError
 from fpsim.errors import ConfigError, FpsimError, RunError
 from fpsim.report import load_results
 from fpsim.runner import resume, run
+from fpsim.session import Session
+from fpsim.training import data_order, generator
+from tests.fpsim.runs import ADAM, DATA, EMULATED, FILES, LINES, SGD, STEPS, STEPS_PER_EPOCH, outcome, settings
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
-
-FILES = [
-    "checkpoints",
-    "config.yaml",
-    "env.json",
-    "epochs.csv",
-    "gradients.jsonl",
-    "gradients.safetensors",
-    "ledger.jsonl",
-    "log.txt",
-    "metrics.jsonl",
-    "products.jsonl",
-    "results.json",
-    "steps.csv",
-    "weights.jsonl",
-]
-LINES = ("metrics.jsonl", "ledger.jsonl", "products.jsonl", "gradients.jsonl", "weights.jsonl")
-VARYING = ("env.json", "log.txt", "results.json")  # times, and the machine
-STEPS, STEPS_PER_EPOCH = 10, 5
-DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}
-SGD = {"name": "sgd", "learning_rate": 0.05}
-ADAM = {"name": "adam", "learning_rate": 0.01}
-EMULATED: dict[str, Any] = {
-    "weights": {"format": "e4m3fn", "scale": "amax", "granularity": "channel", "rounding": "stochastic"},
-    "activations": {"format": "e4m3fn", "scale": "power_of_two"},
-    "gradients": {
-        "format": "e5m2",
-        "rounding": "stochastic",
-        "scale": "lognormal_mean",
-        "pruning": {"sparsity": 0.8, "refresh": 3},
-        "codec": "alpha",
-    },
-    "exclude": ["last"],
-    "ledger": {"every_steps": 4},
-}
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    """A run of 10 steps in 2 epochs, a checkpoint every 3 steps."""
-    training = {
-        "epochs": 2,
-        "batch_size": 8,
-        "optimizer": SGD,
-        "schedule": {"name": "cosine", "warmup_epochs": 0.5},
-        "checkpoint": {"every_steps": 3, "keep": 2},
-    }
-    return {
-        "name": "tiny",
-        "seed": 7,
-        "threads": 1,
-        "data": {**DATA, "augment": True},
-        "model": {"name": "mlp", "hidden": [16, 12]},
-        "training": {**training, **changes.pop("training", {})},
-        "emulation": EMULATED,
-        **changes,
-    }
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """Everything in a run directory that must not depend on interruptions."""
-    results = json.loads((folder / "results.json").read_text())
-    for key in ("wall_seconds", "environment"):
-        del results[key]
-    newest = checkpoint.checkpoints(folder / "checkpoints")[-1]
-    state = json.loads((newest / "state.json").read_text())
-    del state["seconds"]
-    return {
-        "results": results,
-        "state": state,
-        **{name: (newest / name).read_bytes() for name in checkpoint.FILES[:3]},
-        **{name: (folder / name).read_bytes() for name in FILES if name not in ("checkpoints", *VARYING)},
-        "files": sorted(path.name for path in folder.iterdir()),
-        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
-    }
 
 
 def assert_same(folder: Path, expected: dict[str, Any]) -> None:
@@ -280,13 +209,13 @@ def test_an_existing_directory_is_refused_untouched(tmp_path: Path) -> None:
 
 def test_a_directory_that_appears_meanwhile_is_refused_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
-    load = runner.data.load
+    load = data.load
 
     def slow_load(*arguments: Any) -> Any:
         folder.mkdir()
         return load(*arguments)
 
-    monkeypatch.setattr(runner.data, "load", slow_load)
+    monkeypatch.setattr(data, "load", slow_load)
     with pytest.raises(ConfigError, match="exists already"):
         run(settings(), folder, quiet=True)
 
@@ -498,12 +427,11 @@ def test_killed_before_the_first_step(tmp_path: Path, monkeypatch: pytest.Monkey
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "config_to_yaml", die)
+        patch.setattr(run_directory, "config_to_yaml", die)
         with pytest.raises(Killed):
             run(settings(), tmp_path / "run", quiet=True)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(["env.json", *LINES])
-    with pytest.raises(ConfigError, match="holds neither a run nor runs"):
-        resume(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(settings(), tmp_path / "run", quiet=True)
 
 
 @pytest.mark.parametrize("write", ["write_json", "write_text"])
@@ -600,7 +528,7 @@ def test_resume_with_a_ledger_of_another_content(tmp_path: Path, monkeypatch: py
 def test_resume_with_a_checkpoint_that_holds_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with killed_after(monkeypatch, 4):
         run(settings(), tmp_path / "run", quiet=True)
-    session = runner._Session(parse_config(settings()), tmp_path / "unused", quiet=True)
+    session = Session(parse_config(settings()), tmp_path / "unused", quiet=True)
     checkpoint.save(tmp_path / "run" / "checkpoints", 4, session.model, session.optimizer, {}, {})
     with pytest.raises(RunError, match="step-4: does not fit this run"):
         resume(tmp_path / "run", quiet=True)
@@ -646,14 +574,14 @@ def test_a_loss_that_overflows(tmp_path: Path) -> None:
     assert isinstance(cause, NonFiniteError)
     assert not (folder / "results.json").exists()
     assert str(folder / "failed" / "step-1") in str(caught.value)
-    assert "not finite" in (folder / "log.txt").read_text()
+    assert "not finite" in (folder / "log.jsonl").read_text()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
     parsed = parse_config(config)
-    session = runner._Session(parsed, tmp_path / "unused", quiet=True)
+    session = Session(parsed, tmp_path / "unused", quiet=True)
     checkpoint.load(folder / "failed" / "step-1", session.model, session.optimizer)
-    indices = runner.data_order(parsed.seed, 0, 43)[8:16]
-    images, _ = session.dataset.train.batch(indices, runner.generator(parsed.seed, "augment", 1))
+    indices = data_order(parsed.seed, 0, 43)[8:16]
+    images, _ = session.dataset.train.batch(indices, generator(parsed.seed, "augment", 1))
     session.emulator.detach()
     assert isinstance(session.model, nn.Sequential)
     assert cause.layer == first_non_finite(session.model, images)
@@ -730,7 +658,7 @@ def test_weights_that_overflow_in_the_last_step_are_no_result(tmp_path: Path, em
         run(settings(training=training, emulation=emulation), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "results.json").exists()
     parsed = parse_config(settings(training=training, emulation=emulation))
-    session = runner._Session(parsed, tmp_path / "unused", quiet=True)
+    session = Session(parsed, tmp_path / "unused", quiet=True)
     assert checkpoint.load(failed, session.model, session.optimizer)[0]["step"] == 1
     assert max(float(p.detach().abs().max()) for p in session.model.parameters()) > 1e20  # the update is in it
 

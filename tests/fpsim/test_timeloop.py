@@ -24,7 +24,8 @@ import accel
 import fpsim
 import models
 from fpsim import runner
-from fpsim.runner import forward_and_backward, opened
+from fpsim.runner import opened
+from fpsim.session import forward_and_backward
 from fpsim.timeloop import RANKS, SPACES, describe
 from tests.fpsim.command_line import command
 
