@@ -46,17 +46,18 @@ def _train(config_yaml: str, folder: Path) -> dict[str, Any]:
     from fpsim.config import parse_config
     from fpsim.config.tree import to_data
     from fpsim.config.yaml_loader import parse_yaml
+    from fpsim.run_directory import CONFIG_FILE, RESULTS_FILE
 
     config = parse_config(to_data(parse_yaml(config_yaml, "<trial>")))
     threads = torch.get_num_threads()
     try:
-        if not (folder / runner.CONFIG_FILE).is_file():
+        if not (folder / CONFIG_FILE).is_file():
             runner.run(config, folder, quiet=True)
-        elif not (folder / runner.RESULTS_FILE).is_file():
+        elif not (folder / RESULTS_FILE).is_file():
             runner.resume(folder, quiet=True)
     finally:
         torch.set_num_threads(threads)
-    results = json.loads((folder / runner.RESULTS_FILE).read_text(encoding="utf-8"))
+    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
     machine = None if config.emulation is None else config.emulation.machine
     return {"results": results, "estimate": None if machine is None else _estimated(machine, folder)}
 
@@ -65,7 +66,7 @@ def _estimated(machine: Any, folder: Path) -> dict[str, Any]:
     """A step of the run on a machine: its description, and by scheme (see `accel.machine.compare`) seconds, joules and
     more; or the `error` of a machine that does not take the run's formats."""
     from accel.machine import compare
-    from fpsim.runner import ledger_of
+    from fpsim.run_directory import ledger_of
 
     described = machine.model_dump(mode="json")
     try:

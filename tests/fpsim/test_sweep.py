@@ -19,13 +19,14 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpsim import runner
 from fpsim.config import config_hash, config_to_yaml, load_config, parse_config, presets
 from fpsim.config.presets import preset_folder
 from fpsim.errors import ConfigError, RunError
+from fpsim.run_directory import rows_of
 from fpsim.runner import run
 from fpsim.sweep import driver, load_sweep, read_outcomes, run_sweep, worker
 from fpsim.sweep.cluster import lacking
@@ -144,6 +145,7 @@ def test_draws_are_those_of_their_seed_whatever_other_keys_there_are(planned: Pl
     assert len({json.dumps(one["emulation.weights.format"]) for one in first}) == 3
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     lengths=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 3)),
     samples=st.integers(0, 3),
@@ -387,8 +389,8 @@ def test_a_worker_trains_resumes_and_reads_what_is_finished(
     thread.join()
     assert same(answers[1]["results"]) == json.loads(json.dumps(same(plain.results)))
     assert answers[1]["estimate"] is None
-    log = (run_dir(plan, trial) / "log.txt").read_text()
-    assert re.search("resume .* at step 4 of 6", log)
+    log = rows_of(run_dir(plan, trial) / "log.jsonl")
+    assert [(row["event"], row["step"]) for row in log if "total_steps" in row] == [("started", 0), ("resumed", 4)]
     assert begun == [("topic", trial.config_hash)] * 2
 
     on_a_chip = planned(
@@ -397,7 +399,7 @@ def test_a_worker_trains_resumes_and_reads_what_is_finished(
     assert on_a_chip.trials[0].config_hash == trial.config_hash
     again = trained(on_a_chip)
     assert again["results"] == answers[1]["results"]
-    assert (run_dir(plan, trial) / "log.txt").read_text() == log
+    assert rows_of(run_dir(plan, trial) / "log.jsonl") == log
     machine = on_a_chip.trials[0].config.emulation.machine  # type: ignore[union-attr]
     estimated = machine.estimate(plain.ledger).totals()["encoded"]
     (encoded,) = (one for one in again["estimate"]["schemes"] if one["scheme"] == "encoded")
@@ -507,6 +509,7 @@ def test_one_trial_has_no_deviation(planned: Planned, results: dict[str, Any]) -
     assert group["mean"]["test_accuracy_percent"] == 50.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=8))
 def test_non_dominated_points_by_brute_force(points: list[tuple[int, int]]) -> None:
     def dominates(one: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -515,6 +518,7 @@ def test_non_dominated_points_by_brute_force(points: list[tuple[int, int]]) -> N
     assert non_dominated(points) == [not any(dominates(other, point) for other in points) for point in points]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(0, 100)), min_size=1, max_size=8))
 def test_groups_are_means_over_seeds(trials: list[tuple[str, float]]) -> None:
     empty = dict.fromkeys(

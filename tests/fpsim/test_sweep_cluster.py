@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from fpsim.run_directory import rows_of
 from fpsim.runner import run
 from fpsim.sweep import load_sweep
 
@@ -74,23 +75,28 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 def trial_in_progress(trials: Path, processes: Callable[[], list[int]]) -> tuple[int, Path] | None:
     """One of the processes and the trial that it has begun and saved, and that is far from its end."""
-    for log in trials.glob("*/log.txt"):
-        if 4 <= saved_step(log.parent) <= LATEST_STEP:
+    for folder in trials.glob("*/checkpoints"):
+        if 4 <= saved_step(folder) <= LATEST_STEP:
             for pid in processes():
-                if str(log) in files_of(pid):
-                    return pid, log.parent
+                if any(folder.parent in file.parents for file in files_of(pid)):
+                    return pid, folder.parent
     return None
 
 
-def saved_step(trial: Path) -> int:
-    return max((int(path.name[5:]) for path in (trial / "checkpoints").glob("step-*")), default=0)
+def saved_step(checkpoints: Path) -> int:
+    return max((int(path.name[5:]) for path in checkpoints.glob("step-*")), default=0)
 
 
-def files_of(pid: int) -> list[str]:
+def files_of(pid: int) -> list[Path]:
+    """Of a run, a process holds at least the lock open."""
     try:
-        return [file.path for file in psutil.Process(pid).open_files()]
+        return [Path(file.path) for file in psutil.Process(pid).open_files()]
     except psutil.Error:
         return []
+
+
+def events(trial: Path) -> list[str]:
+    return [row["event"] for row in rows_of(trial / "log.jsonl")]
 
 
 def same(results: dict[str, Any]) -> dict[str, Any]:
@@ -141,10 +147,7 @@ def test_a_sweep_outlives_a_worker_a_failing_trial_and_its_driver(start: Start, 
     second = drive("second")
     assert second.wait(DEADLINE_SECONDS) == 1, Path("second.err").read_text()
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
-    log = (cut_off / "log.txt").read_text()
-    assert log.count("INFO start ") == 1
-    assert log.count("INFO resume ") == 1
-    assert "completed" in log
+    assert [event for event in events(cut_off) if event != "epoch"] == ["started", "resumed", "completed"]
     assert (orphan / "results.json").is_file()
 
     summary = json.loads(Path("out/s/results.json").read_text())
@@ -192,7 +195,7 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
 
     killed, cut_off = until(in_progress, "no trial is in progress")
     os.kill(killed, signal.SIGKILL)
-    until(lambda: "INFO resume " in (cut_off / "log.txt").read_text(), "the trial does not go on")
+    until(lambda: "resumed" in events(cut_off), "the trial does not go on")
     until(in_progress, "no trial is in progress")
     driver.terminate()
     assert driver.wait(DEADLINE_SECONDS) == 1
