@@ -129,9 +129,9 @@ def _named(text: str) -> AnyFormat:
         return _scalar(
             {"name": name, "exponent_bits": int(match[1]), "mantissa_bits": int(match[2]), "policy": match[3]}
         )
-    if match := re.fullmatch(r"(u?)(?:int(\d+)|fixed<(\d+),(-?\d+)>)", name):
+    if match := re.fullmatch(r"(u?)(?:int(\d{1,4})|fixed<(\d{1,4}),(-?\d{1,4})>)", name):
         return _fixed(name, int(match[2] or match[3]), int(match[4] or 0), signed=not match[1])
-    if match := re.fullmatch(r"bfp(\d+)", name):
+    if match := re.fullmatch(r"bfp(\d{1,4})", name):
         bits = int(match[1])
         if not 2 <= bits <= 24:
             raise ValueError(f"format {name!r}: block floating point has elements of 2 to 24 bits (got {bits})")

@@ -679,9 +679,10 @@ class Emulator:
             if spec.scale != "none":
                 amax, drawn = self._measured(x.detach(), dim, layer, role, with_sample=spec.scale in OF_SAMPLES)
                 scale = self._scale(drawn if dim is None else x.detach(), spec, fmt, dim, amax, layer, role)
-            out, offset = torch.empty_like(x), ranks.number * x.numel()
-            words = self._words(stream)
-            return accel.quantize(x, fmt, scale=scale, out=out, offset=offset, **rounding_of(spec), **words), scale
+            out, words = torch.empty_like(x), self._words(stream)
+            options = {"scale": scale, "out": out, "offset": ranks.number * x.numel(), **rounding_of(spec)}
+            with _named(f"{role} of layer {layer!r}"):
+                return accel.quantize(x, fmt, **options, **words), scale
 
     def _measured(
         self, x: Tensor, dim: int | None, layer: str, role: str, *, with_sample: bool = True
@@ -794,10 +795,10 @@ class _StraightThrough(torch.autograd.Function):
 
 @contextmanager
 def _named(tensor: str) -> Iterator[None]:
-    """Raises RunError, with the tensor's name, where its codec cannot hold it."""
+    """Raises RunError, with the tensor's name, where its codec or its block format cannot hold it."""
     try:
         yield
-    except accel.CodecError as error:
+    except ValueError as error:
         raise RunError(f"{tensor}: {error}") from error
 
 

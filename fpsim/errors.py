@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WIDEST_SOURCE_LINE = 160
+WIDEST_MESSAGE = 600
+MOST_SHOWN = 50
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,19 @@ class Problem:
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
-        summary = ": ".join(part for part in (place, self.path, self.message) if part)
+        summary = _one_line(": ".join(part for part in (place, self.path, self.message) if part))
         if self.source_line is None or self.column is None or self.column > WIDEST_SOURCE_LINE:
             return summary
-        indent = "".join("\t" if character == "\t" else " " for character in self.source_line[: self.column - 1])
-        return f"{summary}\n    {self.source_line[:WIDEST_SOURCE_LINE]}\n    {indent}^"
+        source = "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in self.source_line[:WIDEST_SOURCE_LINE])
+        indent = "".join("\t" if c == "\t" else " " for c in self.source_line[: self.column - 1])
+        return f"{summary}\n    {source}\n    {indent}^"
+
+
+def _one_line(text: str) -> str:
+    """A text that a terminal shows as one line of bearable length: what is not printable is escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    half = WIDEST_MESSAGE // 2
+    return text if len(text) <= WIDEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class FpsimError(Exception):
@@ -33,11 +43,14 @@ class FpsimError(Exception):
 
 
 class ConfigError(FpsimError):
-    """The user's mistake (exit code 2). `problems` holds every one that was found."""
+    """The user's mistake (exit code 2). `problems` holds every one that was found; the text shows the first."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        lines = [str(problem) for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            lines.append(f"... and {len(self.problems) - MOST_SHOWN} more")
+        super().__init__("\n".join(lines))
 
 
 class RunError(FpsimError):

@@ -31,8 +31,8 @@ from fpsim.scales import largest_magnitude, sample, scale_of
 class Exchange:
     """Sums the weight gradients of a model over the ranks; of a rank alone they stay what they are.
 
-    model: what a training step calls: DistributedDataParallel once several ranks are connected. sent_bytes: by this rank,
-    so far; float32_bytes: what float32 would have sent.
+    model: what a training step calls: DistributedDataParallel once several ranks are connected. sent_bytes: by this
+    rank, so far; float32_bytes: what float32 would have sent.
     step: of the random words; the caller counts it on.
     """
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import accel
+from accel.arguments import check_block
 from fpsim.config.schema import (
     Datapath,
     DensePruning,
@@ -107,30 +108,44 @@ def matching(pattern: str, layers: dict[str, nn.Module]) -> set[str]:
 def layer_specs(model: nn.Module, emulation: Emulation) -> dict[str, LayerSpec]:
     """How every matrix layer of the model is represented, by name.
 
-    Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer, and for a
-    datapath that cannot multiply what a layer's tensors are.
+    Raises PatternError for a pattern of `include`, `exclude` or `overrides` that matches no matrix layer, for a weight
+    that does not fall into the blocks of its format, and for a datapath that cannot multiply what a layer's tensors
+    are.
     """
     layers = matrix_layers(model)
     included = _chosen_by(emulation.include, "include", layers)
     excluded = _chosen_by(emulation.exclude, "exclude", layers)
     general = LayerSpec(emulation.weights, emulation.activations, emulation.gradients, emulation.datapath)
     specs = {name: general if name in included - excluded else FLOAT32 for name in layers}
+    places = {name: {role: role for role in vars(FLOAT32)} for name in layers}
     for i, override in enumerate(emulation.overrides):
         for name in _chosen(override.match, f"overrides.{i}.match", layers):
             given = {role: getattr(override, role) for role in override.model_fields_set - {"match"}}
             specs[name] = LayerSpec(**{**vars(specs[name]), **given})
+            places[name] |= {role: f"overrides.{i}.{role}" for role in given}
     for name, spec in specs.items():
-        _check_datapath(name, layers[name], spec)
+        _check_blocks(name, layers[name], spec, places[name]["weights"])
+        _check_datapath(name, layers[name], spec, places[name]["datapath"])
     return specs
 
 
-def _check_datapath(name: str, layer: nn.Module, spec: LayerSpec) -> None:
-    """Raises PatternError where the layer's products cannot be made by its units."""
+def _check_blocks(name: str, layer: nn.Module, spec: LayerSpec, place: str) -> None:
+    """Raises PatternError where the layer's weight does not fall into the blocks of its format."""
+    fmt = None if spec.weights is None else along(format_of(spec.weights), input_dim(layer))
+    if isinstance(fmt, accel.BlockFormat):
+        try:
+            check_block(fmt, layer.get_parameter("weight"), None)
+        except ValueError as error:
+            raise PatternError(f"{place}.format", f"{error} (weight of layer {name!r})") from None
+
+
+def _check_datapath(name: str, layer: nn.Module, spec: LayerSpec, at: str) -> None:
+    """Raises PatternError where the layer's products cannot be made by its units; `at`: where those are given."""
     for which, roles in OPERANDS.items():
         unit_spec = None if spec.datapath is None else getattr(spec.datapath, which)
         if unit_spec is None:
             continue
-        unit, place = mac(unit_spec), f"datapath.{which}"
+        unit, place = mac(unit_spec), f"{at}.{which}"
         if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
             raise PatternError(place, f"is for linear layers and convolutions (layer {name!r}: {type(layer).__name__})")
         for role, operand in zip(roles, (unit.a, unit.b), strict=True):

@@ -64,15 +64,16 @@ def new_directory(config: Config, given: str | Path | None) -> Path:
     else:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         folder = Path(config.output) / config.name / f"{stamp}-{config_hash(config)}"
-    if folder.exists():
+    if os.path.lexists(folder):
         message = "run directory exists already: choose another, or go on with it by `fpsim resume`"
         raise ConfigError([Problem("", message, str(folder))])
     return folder
 
 
 @contextmanager
-def begun(folder: Path, config: Config, environment: Mapping[str, Any]) -> Iterator[None]:
-    """A new run directory, whole or not there, locked meanwhile. Raises ConfigError where it cannot be made."""
+def begun(folder: Path, config: Config, environment: Mapping[str, Any], *, is_given: bool) -> Iterator[None]:
+    """A new run directory, whole or not there, locked meanwhile. Raises ConfigError where it cannot be made: at the
+    configuration's `output` unless the place is given."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,7 +89,10 @@ def begun(folder: Path, config: Config, environment: Mapping[str, Any]) -> Itera
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = "exists already" if error.errno in (errno.EEXIST, errno.ENOTEMPTY) else error.strerror
-        raise ConfigError([Problem("", f"run directory cannot be made: {reason}", str(folder))]) from error
+        message = f"run directory cannot be made: {reason}"
+        if is_given:
+            raise ConfigError([Problem("", message, str(folder))]) from error
+        raise config.problem("output", f"{folder}: {message}") from error
     with lock:
         yield
 

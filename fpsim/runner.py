@@ -72,8 +72,10 @@ def run(
             folder = new_directory(config, run_dir) if ranks.is_first else Path(run_dir or config.output)
             config.check_parts(ranks.count)
             session = Session(config, folder, quiet, ranks)
+        with ranks.together():
             if ranks.is_first:
-                stack.enter_context(begun(folder, config, environment(ranks.count)))
+                is_given = run_dir is not None
+                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=is_given))
         session.exchange.connect()
         return _train(session, "started")
 

@@ -84,6 +84,8 @@ class Session:
             )
         except ValueError as error:
             raise config.problem("model", str(error)) from error
+        except RuntimeError as error:  # PyTorch's, for a tensor that is larger than the memory
+            raise config.problem("model", f"cannot be built: {str(error).splitlines()[0]}") from error
         self.model.train()
         if ranks.number:  # rank 0 goes on with the numbers that a rank alone would draw
             torch.manual_seed(generator(config.seed, "rank", ranks.number).initial_seed())

@@ -33,12 +33,12 @@ def find_codec(name: str) -> Codec:
         raise CodecError(f"a codec is given by its name (got {type(name).__name__})")
     if name in CODECS:
         return CODECS[name]
-    if found := re.fullmatch(r"rle\(([0-9]+)\)", name):
+    if found := re.fullmatch(r"rle\(([0-9]{1,4})\)", name):
         run_bits = int(found[1])
         if not 1 <= run_bits <= 16:
             raise CodecError(f"codec {name!r}: a run takes 1 to 16 bits")
         return rle(run_bits)
-    if found := re.fullmatch(r"nm\(([0-9]+):([0-9]+)\)", name):
+    if found := re.fullmatch(r"nm\(([0-9]{1,4}):([0-9]{1,4})\)", name):
         kept, group = int(found[1]), int(found[2])
         if not 1 <= kept <= group <= 256:
             raise CodecError(f"codec {name!r}: 1 <= n <= m <= 256 does not hold")

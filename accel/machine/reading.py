@@ -6,7 +6,7 @@ Numbers are those of YAML 1.2, where `1e-3` is one (PyYAML's YAML 1.1 takes it f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,14 @@ from accel.machine.description import Machine
 
 KEY = "machine"
 Location = tuple[str | int, ...]
+
+
+class MachineError(ValueError):
+    """Mistakes in a machine. `mistakes`: of each, its location below the machine and what is allowed there."""
+
+    def __init__(self, message: str, mistakes: Sequence[tuple[Location, str]]) -> None:
+        super().__init__(message)
+        self.mistakes = mistakes
 
 
 class _Loader(yaml.SafeLoader):
@@ -106,7 +114,7 @@ def _validated(data: Any, place: Callable[[Location], str]) -> Machine:
     except ValidationError as error:
         found = [_mistake(one) for one in error.errors(include_url=False)]
     messages = [f"{place(location)}{_name((KEY, *location))}: {message}" for location, message in found]
-    raise ValueError("\n".join(messages)) from None
+    raise MachineError("\n".join(messages), found) from None
 
 
 _REQUIREMENTS = {

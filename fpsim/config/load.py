@@ -379,7 +379,7 @@ def _replaced(node: Node, path: KeyPath, parts: Sequence[str], value: Node) -> N
     part, rest = parts[0], parts[1:]
     here = ".".join(map(str, path))
     if isinstance(node.value, list):
-        if not part.isdecimal() or int(part) >= len(node.value):
+        if part not in map(str, range(len(node.value))):
             message = f"{here} is a list of {len(node.value)}: its indices count from 0 (got {shown(part)})"
             raise ConfigError([problem((*path, part), message, value.key_at)])
         items = list(node.value)
@@ -436,8 +436,10 @@ def _problem(section: type[Section], tree: Node, error: ErrorDetails) -> Problem
     if kind == "literal_error":
         return problem_in(tree, path, _choice(given, re.sub("True|False", lambda m: m[0].lower(), context["expected"])))
     if kind == "section":
-        below = (int(part) if part.isdecimal() else part for part in context["at"].split(".") if part)
-        return problem_in(tree, (*path, *below), context["message"])
+        at = context["at"]
+        if isinstance(at, str):
+            at = [int(part) if part.isdecimal() else part for part in at.split(".") if part]
+        return problem_in(tree, (*path, *at), context["message"])
     if kind == "newer_version":
         return problem_in(tree, path, context["message"])
     if kind == "value_error":
@@ -459,6 +461,7 @@ _REQUIREMENTS = {
     "model_type": "must be a mapping",
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_pattern_mismatch": "must match {pattern}",
+    "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must not be empty",
     "string_type": "must be a string",
     "too_long": "must have at most {max_length} values",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -25,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from fpsim.config.presets import preset_files
-from fpsim.config.tree import Node, problem_in, shown
+from fpsim.config.tree import Node, Path, problem_in, shown
 from fpsim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,23 +43,35 @@ class Section(BaseModel):
     )
 
 
-def _error_at(key: str, message: str) -> PydanticCustomError:
-    """An error of a whole section, to be placed at one of its keys (dotted when deeper)."""
+def _error_at(key: str | Path, message: str) -> PydanticCustomError:
+    """An error of a whole section, to be placed at one of its keys (dotted or a path when deeper)."""
     return PydanticCustomError("section", "{message}", {"at": key, "message": message})
 
 
 def _layer_pattern(pattern: str) -> str:
     if pattern.startswith("re:"):
         try:
-            re.compile(pattern[3:])
-        except (re.error, OverflowError, RecursionError) as error:
+            with warnings.catch_warnings(action="error"):
+                re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError, Warning) as error:
             raise ValueError(f"not a regular expression: {error} (got {pattern!r})") from None
     return pattern
 
 
-LayerPattern = Annotated[str, Field(min_length=1), AfterValidator(_layer_pattern)]
-PositiveInt = Annotated[int, Field(ge=1)]
+def _place(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"must not hold a NUL character (got {shown(path)})")
+    return path
+
+
+LayerPattern = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_layer_pattern)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Epochs = Annotated[float, Field(ge=0, le=1e9)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
+PositiveFactor = Annotated[float, Field(gt=0, le=1e6)]
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -76,7 +89,7 @@ class _Data(Section):
 
 
 class _LocalData(_Data):
-    root: str = Field(min_length=1)
+    root: Place
     """Folder that holds the data set's published files, relative to the current directory."""
 
 
@@ -124,7 +137,7 @@ class Synthetic(_Data):
     """Number of training images."""
     test_samples: PositiveInt = 128
     """Number of test images."""
-    classes: int = Field(10, ge=2)
+    classes: int = Field(10, ge=2, le=2**31 - 1)
     """Number of classes."""
     image_size: PositiveInt = 16
     """Side of the square images, in pixels."""
@@ -135,7 +148,7 @@ class Synthetic(_Data):
 class Text(Section):
     name: Literal["text"] = "text"
     """A text of any language: the next character is learned."""
-    path: str | None = Field(None, min_length=1)
+    path: Place | None = None
     """UTF-8 text file, relative to the current directory; null for the reference of the Python language that comes with
     Python."""
     context: PositiveInt = 128
@@ -174,7 +187,7 @@ Data = (
 class Mlp(Section):
     name: Literal["mlp"] = "mlp"
     """Fully connected layers with ReLU."""
-    hidden: list[PositiveInt] = [256, 128]
+    hidden: list[Width] = [256, 128]
     """Width of each hidden layer."""
 
 
@@ -186,7 +199,7 @@ class LeNet(Section):
 class ResNet18(Section):
     name: Literal["resnet18"] = "resnet18"
     """ResNet18."""
-    width: PositiveInt = 64
+    width: Width = 64
     """Channels of the first stage."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one 3x3 convolution; imagenet: a 7x7 convolution of stride 2 and a max pool."""
@@ -195,7 +208,7 @@ class ResNet18(Section):
 class Vgg16(Section):
     name: Literal["vgg16"] = "vgg16"
     """VGG16 with batch normalisation, for images of at least 32x32 pixels."""
-    width: PositiveInt = 64
+    width: Width = 64
     """Channels of the first stage."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one linear layer after the convolutions; imagenet: three, with dropout."""
@@ -204,7 +217,7 @@ class Vgg16(Section):
 class DenseNet121(Section):
     name: Literal["densenet121"] = "densenet121"
     """DenseNet121."""
-    width: int = Field(64, ge=2, multiple_of=2)
+    width: int = Field(64, ge=2, le=1 << 20, multiple_of=2)
     """Channels after the stem, twice the growth rate."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """cifar: one 3x3 convolution, for images of at least 8x8 pixels; imagenet: a 7x7 convolution of stride 2 and a max
@@ -214,7 +227,7 @@ class DenseNet121(Section):
 class MobileNetV2(Section):
     name: Literal["mobilenet_v2"] = "mobilenet_v2"
     """MobileNetV2: depthwise convolutions."""
-    width: int = Field(32, ge=8, multiple_of=8)
+    width: int = Field(32, ge=8, le=1 << 20, multiple_of=8)
     """Channels after the stem: 32 times the width multiplier."""
     stem: Literal["cifar", "imagenet"] = "cifar"
     """imagenet: stride 2 in the stem and in the second stage; cifar: stride 1."""
@@ -223,11 +236,11 @@ class MobileNetV2(Section):
 class Gpt(Section):
     name: Literal["gpt"] = "gpt"
     """A causal transformer in the form of GPT-2, for data text."""
-    layers: PositiveInt = 4
+    layers: int = Field(4, ge=1, le=1024)
     """Blocks of attention and perceptron."""
     heads: PositiveInt = 4
     """Attention heads of a block; divides width."""
-    width: PositiveInt = 128
+    width: Width = 128
     """Numbers that represent a character between blocks."""
     context: PositiveInt | None = None
     """Longest text that it takes, in characters; null for that of the data."""
@@ -248,13 +261,13 @@ Model = Mlp | LeNet | ResNet18 | Vgg16 | DenseNet121 | MobileNetV2 | Gpt
 class Sgd(Section):
     name: Literal["sgd"] = "sgd"
     """Stochastic gradient descent with momentum."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1e30)
     """Learning rate before the schedule."""
     momentum: Fraction = 0.9
     """Momentum."""
     nesterov: bool = False
     """Nesterov's momentum."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Factor = 0.0
     """L2 penalty, added to the gradient."""
 
     @model_validator(mode="after")
@@ -267,13 +280,13 @@ class Sgd(Section):
 class Adam(Section):
     name: Literal["adam"] = "adam"
     """Adam."""
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1e30)
     """Learning rate before the schedule."""
     betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
     """Decay of the running means of the gradient and of its square."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: PositiveFactor = 1e-8
     """Added to the denominator."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Factor = 0.0
     """L2 penalty, added to the gradient."""
 
 
@@ -285,7 +298,7 @@ class ConstantSchedule(Section):
 class CosineSchedule(Section):
     name: Literal["cosine"] = "cosine"
     """Linear warmup, then half a cosine down to final_factor."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: Epochs = 0.0
     """Epochs of linear growth from zero."""
     final_factor: float = Field(0.0, ge=0, le=1)
     """Share of the learning rate that is left at the end."""
@@ -294,9 +307,9 @@ class CosineSchedule(Section):
 class StepSchedule(Section):
     name: Literal["step"] = "step"
     """The learning rate is multiplied by factor at each milestone."""
-    milestones_epochs: list[Annotated[float, Field(ge=0)]]
+    milestones_epochs: list[Epochs]
     """Epochs at which the learning rate changes."""
-    factor: float = Field(gt=0)
+    factor: PositiveFactor
     """What the learning rate is multiplied by."""
 
 
@@ -392,7 +405,7 @@ class BlockFormatSpec(Section):
     """A block's scale, from its largest magnitude amax. floor: 2^(floor(log2 amax) - emax), as OCP MX v1.0, emax being
     the exponent of the element's largest number; ceil: the same with ceil; even: floor, after amax is rounded to the
     element's mantissa; rceil: 2^ceil(log2(amax / max)); amax: amax / max, rounded into the scale's format."""
-    axis: int | None = None
+    axis: int | None = Field(None, ge=-5, le=4)
     """The dimension of a tensor along which neighbours form blocks, -1 being the last; null for a layer's channels:
     those of an input or of its gradient, the input channels of a weight."""
     tensor_scale: bool = False
@@ -832,7 +845,7 @@ class SnrPruning(_WeightPruning):
 class DpfPruning(_ByMagnitude):
     name: Literal["dpf"] = "dpf"
     """The smallest weights go, more and more of them; pruned ones keep learning and can return (Lin et al. 2020)."""
-    ramp_epochs: float = Field(gt=0)
+    ramp_epochs: float = Field(gt=0, le=1e9)
     """Epochs until the sparsity is reached; the masks stay from then on."""
     interval: PositiveInt = 16
     """Steps between renewals of the masks."""
@@ -847,9 +860,9 @@ class DpfPruning(_ByMagnitude):
 class GmpPruning(_ByMagnitude):
     name: Literal["gmp"] = "gmp"
     """The smallest weights go, more and more of them, for good (Zhu & Gupta 2017)."""
-    begin_epochs: float = Field(0.0, ge=0)
+    begin_epochs: Epochs = 0.0
     """Epochs before the first go."""
-    ramp_epochs: float = Field(gt=0)
+    ramp_epochs: float = Field(gt=0, le=1e9)
     """Epochs from then until the sparsity is reached."""
     interval: PositiveInt = 100
     """Steps between renewals of the masks."""
@@ -864,7 +877,7 @@ class GmpPruning(_ByMagnitude):
 class MagnitudePruning(_ByMagnitude):
     name: Literal["magnitude"] = "magnitude"
     """The smallest weights go at once, for good; the others train on."""
-    at_epochs: float = Field(ge=0)
+    at_epochs: Epochs
     """Epochs before that."""
     interval: ClassVar[int] = 1
     returns: ClassVar[bool] = False
@@ -882,6 +895,7 @@ def _machine(value: Any) -> Any:
     """The machine of a mapping, which accel checks. Raises its first complaint at the key below `machine` that it
     names."""
     import accel
+    from accel.machine.reading import MachineError
 
     if value is None or isinstance(value, accel.Machine):
         return value
@@ -889,9 +903,8 @@ def _machine(value: Any) -> Any:
         raise ValueError(f"must be a mapping (got {shown(value)})")
     try:
         return accel.machine(value)
-    except ValueError as error:
-        place, _, message = str(error).splitlines()[0].partition(": ")
-        raise _error_at(place.removeprefix("machine").lstrip("."), message or place) from None
+    except MachineError as error:
+        raise _error_at(*error.mistakes[0]) from None
 
 
 Machine = Annotated[Any, BeforeValidator(_machine), WithJsonSchema({"type": ["object", "null"]})]
@@ -1017,13 +1030,13 @@ class Config(Section):
 
     version: Literal[1] = VERSION
     """Version of this configuration's keys."""
-    name: str = Field("run", pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field("run", max_length=100, pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of everything random."""
-    output: str = Field("runs", min_length=1)
+    output: Place = "runs"
     """Folder for run directories, relative to the current directory."""
-    threads: PositiveInt | None = None
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of torch; null for its default."""
     data: Data = Field(discriminator="name")
     """What is learned."""

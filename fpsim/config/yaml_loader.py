@@ -26,6 +26,8 @@ _CORE_SCHEMA = {
     "float": r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z",
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_A_CHARACTER = "half of a surrogate pair is no character"
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 
@@ -94,18 +96,17 @@ def parse_yaml(text: str, file: str) -> Node:
 
     try:
         loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = position(mark.line, mark.column) if mark else Position(file)
-        message = ", ".join(part for part in (error.problem, error.context) if part) or "invalid YAML"
-        raise ConfigError([problem((), message, at)]) from None
     except yaml.reader.ReaderError as error:
         before = _LINE_BREAK.split(text[: error.position])
         message = f"the character {shown(text[error.position])} is not allowed in YAML"
         raise ConfigError([problem((), message, position(len(before) - 1, len(before[-1])))]) from None
+    try:
+        root = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        message = ", ".join(part for part in (error.problem, error.context) if part) or "invalid YAML"
+        raise ConfigError([problem((), message, position(*_place(error, text)))]) from None
     except (ValueError, OverflowError) as error:
-        raise ConfigError([problem((), f"invalid YAML ({error})", Position(file))]) from None
+        raise ConfigError([problem((), f"invalid YAML ({error})", position(loader.line, loader.column))]) from None
     if root is None:
         return Node(None)
 
@@ -149,6 +150,8 @@ def parse_yaml(text: str, file: str) -> Node:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 got = shown(key) if isinstance(key, str) else f"a {key_node.id}"
                 problems.append(problem(path, f"a key must be a string (got {got})", key_at))
+            elif _SURROGATE.search(key):
+                problems.append(problem(path, f"{_NOT_A_CHARACTER} (got {shown(key)})", key_at))
             elif key == "<<":
                 problems.append(problem(path, "merge keys (<<) are not supported; use `extends`", key_at))
             elif key in children:
@@ -172,9 +175,23 @@ def dump_yaml(data: Any) -> str:
     return text
 
 
+def _place(error: yaml.MarkedYAMLError, text: str) -> tuple[int, int]:
+    """Line and column of a syntax error: where it was noticed; of what was begun and never closed, the beginning."""
+    written = text.rstrip()
+    marks = [mark for mark in (error.problem_mark, error.context_mark) if mark and mark.index < len(written)]
+    if error.context == "while scanning a simple key":
+        marks.reverse()
+    if marks:
+        return marks[0].line, marks[0].column
+    before = _LINE_BREAK.split(written)
+    return len(before) - 1, len(before[-1])
+
+
 def _scalar(kind: str, text: str) -> Any:
     """A scalar of the core schema. Raises ValueError when the text is not one of its kind."""
     if kind == "str":
+        if _SURROGATE.search(text):
+            raise ValueError(f"{_NOT_A_CHARACTER} (got {shown(text)})")
         return text
     if not re.match(_CORE_SCHEMA[kind], text) and not (kind == "float" and re.match(_CORE_SCHEMA["int"], text)):
         raise ValueError(f"not a value of type {kind} (got {shown(text)})")

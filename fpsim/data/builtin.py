@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from fpsim.data.dataset import stratified_split
+from fpsim.data.errors import DataError
 from fpsim.data.source import IntegerArray, LabelledImages, Source, UInt8Array
+
+MOST_PIXELS = 1 << 30
 
 
 def mnist5k() -> Source:
@@ -27,7 +30,12 @@ def digits() -> Source:
 
 
 def synthetic(train_samples: int, test_samples: int, classes: int, image_size: int, channels: int, seed: int) -> Source:
-    """One random pattern per class plus Gaussian noise: learnable, meaningless, for unit tests. Balanced classes."""
+    """One random pattern per class plus Gaussian noise: learnable, meaningless, for unit tests. Balanced classes.
+
+    Raises DataError for more than MOST_PIXELS."""
+    pixels = max(train_samples, test_samples, classes) * channels * image_size**2
+    if pixels > MOST_PIXELS:
+        raise DataError(f"synthetic images of {pixels:,} pixels in all (allowed: {MOST_PIXELS:,})")
     random = np.random.default_rng(seed)
     patterns = random.integers(0, 256, (classes, channels, image_size, image_size))
 

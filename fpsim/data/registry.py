@@ -43,7 +43,8 @@ def load(spec: Any, seed: int) -> Dataset:
     their order, never depends on it.
     Images in memory and tables are normalised with the train split's own mean and standard deviation, imagefolder with
     ImageNet's.
-    Raises DataError for an unknown name and for files that are missing, unreadable or damaged.
+    Raises DataError for an unknown name, for files that are missing, unreadable or damaged, and for a synthetic set
+    that is too large.
     """
     if spec.name not in names():
         nearest = get_close_matches(spec.name, names(), n=1)
@@ -67,7 +68,10 @@ def _root(spec: Any) -> Path:
 
 
 def _absolute(path: str) -> Path:
-    return Path(path).expanduser().absolute()
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise DataError(f"{path}: no such user's home directory") from error
 
 
 def _in_memory(spec: Any, source: Source) -> Dataset:

@@ -122,7 +122,7 @@ def test_a_mistake_in_the_file(fpsim: Fpsim, tmp_path: Path, old: str, new: str,
         (["run", "tiny.yaml", "data={name: mnist, root: nowhere}"], "<overrides>: data.root: .*nowhere.*: not found"),
         (["run", "tiny.yaml", "--run-dir", "."], "run directory exists already"),
         (["run", "tiny.yaml", "--run-dir", "tiny.yaml"], "run directory exists already"),
-        (["run", "tiny.yaml", "output=tiny.yaml"], "^tiny.yaml/.*: run directory cannot be made: Not a directory$"),
+        (["run", "tiny.yaml", "output=tiny.yaml"], "^<overrides>: output: tiny.yaml/.*: Not a directory$"),
         (["validate", "tiny.yaml", "emulation.gradients.codec=alfa"], "did you mean 'alpha'?"),
         (["resume", "nowhere"], "nowhere: .*run directory"),
         (["resume", "."], "holds neither a run nor runs"),
@@ -152,6 +152,15 @@ def test_wrong_usage(fpsim: Fpsim, arguments: list[str]) -> None:
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_activations_that_do_not_fall_into_blocks(fpsim: Fpsim) -> None:
+    activations = "emulation.activations={format: {base: mxfp4, axis: 2}}"
+    code, out, err = fpsim("run", "tiny.yaml", activations, "-q")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "fpsim: activation of layer '1': format 'mxfp4*': axis 2 is out of range for x of shape (8, 16)"
+    )
 
 
 def test_a_loss_that_is_not_finite(fpsim: Fpsim, tmp_path: Path) -> None:

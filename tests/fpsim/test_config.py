@@ -159,7 +159,7 @@ def test_dumped_data_reads_back(data: object) -> None:
         ("a: !!int x\n", "c.yaml:1:4: a: not a value of type int (got 'x')"),
         ("a: " + "9" * 5000, "c.yaml:1:4: a: the integer has more than 64 digits (got"),
         ("a: *x\n", "c.yaml:1:4: found undefined alias 'x'"),
-        ('a: "\\Uffffffff"\n', "c.yaml: invalid YAML ("),
+        ('a: "\\Uffffffff"\n', "c.yaml:1:7: invalid YAML ("),
         (b"a: 1\nb: \xff\n", "c.yaml:2:4: not UTF-8 text (got byte 0xff)"),
         ("a: 1\nb: \0\n", "c.yaml:2:4: the character '\\x00' is not allowed in YAML"),
         ("a: " + "[" * 100_000, "c.yaml:1:67: nested deeper than 64 levels"),
