@@ -136,7 +136,7 @@ def _drawn(draw: Node, share: float) -> Node:
     if kind == "integers":
         return Node(low + int(share * (high - low + 1)), given.at)
     if kind == "log_uniform":
-        return Node(math.exp(math.log(low) + share * math.log(high / low)), given.at)
+        return Node(math.exp(math.log(low) + share * (math.log(high) - math.log(low))), given.at)
     return Node(low + share * (high - low), given.at)
 
 
