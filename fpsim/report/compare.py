@@ -24,8 +24,8 @@ def comparison(results: Sequence[Results]) -> dict[str, Any]:
 
     `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
     measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
-    in percent (weighted by elements), `weight_pruning`, `communication`, `notes` (as in results.json), `gradient_bits` and `gradients` (one entry
-    per layer), `tensors`, `history`.
+    in percent (weighted by elements), `weight_pruning`, `communication`, `notes` (as in results.json), `gradient_bits`
+    and `gradients` (one entry per layer), `tensors`, `history`.
     What a run does not have is None.
     """
     labels = _labels(results)

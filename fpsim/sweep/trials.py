@@ -64,6 +64,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         shown = {key: to_data(node) for key, node in varied.items()}
         try:
             config = config_with(experiment, [*always.items(), *varied.items()])
+            config.check_parts(1)
         except ConfigError as error:
             for one in error.problems:
                 problems.setdefault(one, replace(one, message=f"{one.message}; in the trial {label(shown)}"))

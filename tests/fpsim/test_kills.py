@@ -47,7 +47,7 @@ def config() -> dict[str, Any]:
         "checkpoint": {"every_steps": 3, "keep": 2},
     }
     return settings(
-        data={"name": "digits", "train_limit": 480, "test_limit": 100, "augment": True},
+        data={"name": "mnist5k", "train_limit": 480, "test_limit": 100, "augment": True},
         model={"name": "lenet"},
         training=training,
         emulation=EMULATION,

@@ -26,7 +26,7 @@ from tests.fpsim.two_ranks import RUNS, SPECS
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
 PROGRAM = Path(__file__).with_name("two_ranks.py")
-LAUNCHES = 3
+LAUNCHES = 2
 
 
 def environment() -> dict[str, str]:
