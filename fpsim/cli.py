@@ -32,6 +32,12 @@ def run(
     config: ConfigName,
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="A new directory for the run.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step goes: profile.json, trace.json.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, emulated, stored; train and write nothing.")
+    ] = False,
     nproc: Ranks = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -40,13 +46,32 @@ def run(
     from fpsim.config import load_config
 
     loaded = load_config(config, overrides or [])
+    if dry_run and (profile or (nproc or 1) > 1):
+        raise _mistake("--dry-run trains nothing, on one rank: leave out --profile and --nproc")
     if nproc is not None and nproc > 1:
         loaded.check_parts(nproc)
         _launch(nproc)
-    from fpsim import memory, runner
+    from fpsim import memory
 
     memory.keep_freed_memory()
-    _show_result(runner.run(loaded, run_dir, quiet=quiet), as_json)
+    if dry_run:
+        from fpsim import plan
+
+        found = plan.plan(loaded, run_dir)
+        print(json.dumps(found, indent=1, allow_nan=False)) if as_json else plan.show(found)
+        return
+    from fpsim import runner
+
+    result = runner.run(loaded, run_dir, quiet=quiet, profile=profile)
+    if not profile or _is_later_rank():
+        _show_result(result, as_json)
+        return
+    from fpsim import profile as profiles
+
+    profiled = profiles.load(result.run_dir)
+    _show_result(result, as_json, profile=profiled)
+    if not as_json:
+        profiles.show(profiled, result.run_dir)
 
 
 @app.command()
@@ -170,6 +195,30 @@ def formats(
         format_page.print_list()
     else:
         format_page.print_page(load_format(name))
+
+
+@app.command()
+def doctor(
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FOLDER", help="Look for MNIST, CIFAR or image folders there; may be repeated."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The folder that runs would go to.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Check this installation and machine, with a self-test; exit code 1 if anything failed."""
+    try:
+        from fpsim import doctor as verb
+    except (ImportError, OSError) as error:
+        raise FpsimError(f"a library cannot be loaded: {error} (try: pip install --upgrade fpsim)") from error
+
+    checks = verb.examine(output, data or [])
+    if as_json:
+        print(json.dumps(verb.to_data(checks), indent=1))
+    else:
+        verb.show(checks)
+    if any(check.state == "failed" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -467,6 +516,11 @@ def _is_rank() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def _is_later_rank() -> bool:
+    """Whether it is not the one that tells."""
+    return _is_rank() and os.environ.get("RANK") != "0"
+
+
 def _launch(ranks: int) -> NoReturn:
     """This command once a rank."""
     from fpsim.launch import launch
@@ -480,11 +534,11 @@ def _launch(ranks: int) -> NoReturn:
     sys.exit(launch(ranks, arguments))
 
 
-def _show_result(result: Any, as_json: bool) -> None:
-    if _is_rank() and os.environ.get("RANK") != "0":
+def _show_result(result: Any, as_json: bool, **more: Any) -> None:
+    if _is_later_rank():
         return
     if as_json:
-        print(json.dumps({"run_dir": str(result.run_dir), **result.results}, indent=1))
+        print(json.dumps({"run_dir": str(result.run_dir), **result.results, **more}, indent=1))
         return
     print(f"{result.run_dir}: test accuracy {result.accuracy_percent:.2f} % (seed {result.results['seed']})")
     print(f"report: fpsim report {result.run_dir}")

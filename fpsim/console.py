@@ -17,15 +17,18 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table, as wide as its content whatever the terminal: no number is cut."""
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], wrapped: str = "") -> None:
+    """A plain table, as wide as its content whatever the terminal: no number is cut. wrapped: the title of a column of
+    texts that a terminal breaks into lines, so that the table fits."""
+    console = Console(highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in header:
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, no_wrap=title != wrapped, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(highlight=False)
-    console.width = max(console.width, console.measure(table, options=console.options.update(width=1 << 12)).maximum)
+    if not (wrapped and console.is_terminal):
+        widest = console.measure(table, options=console.options.update(width=1 << 12)).maximum
+        console.width = max(console.width, widest)
     console.print(table)
 
 

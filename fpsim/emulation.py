@@ -55,6 +55,7 @@ from fpsim.layers import (
     unsupported_layers,
 )
 from fpsim.products import AS_IT_IS, LayerCall, LayerProduct, Made, ModuleCall, Operand, Products
+from fpsim.ranges import GRADIENTS, HOOKS, LEDGER, ROUNDING, SCALES, STATISTICS, span, spanned
 from fpsim.ranks import ALONE, Ranks
 from fpsim.recorder import Recorder, Scale, stored_tensor
 from fpsim.saved import Kept, SavedTensors
@@ -248,6 +249,7 @@ class Emulator:
         """Have the ledger record the current step as well (the last of a run, say)."""
         self._sampled = True
 
+    @spanned(HOOKS)
     def step(self) -> None:
         """End a training step: call it after the optimizer's step, and before the gradients are set to zero or None:
         on a sampled step they are recorded, too."""
@@ -266,6 +268,7 @@ class Emulator:
             self._check_all_ran()
         self._begin_step(self.step_number + 1)
 
+    @spanned(STATISTICS)
     def _equalise(self) -> None:
         """Ask the layers of each heterogeneous policy, whose thresholds are new, for the sparsities of one cosine."""
         groups: dict[Pruning, list[str]] = defaultdict(list)
@@ -397,6 +400,7 @@ class Emulator:
         originals: list[nn.Parameter] = []
         calls: list[LayerCall] = []
 
+        @spanned(HOOKS)
         def before(
             module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -425,6 +429,7 @@ class Emulator:
                 return (rounded_x, *arguments[1:]), named
             return (), {**named, next(iter(named)): rounded_x}
 
+        @spanned(HOOKS)
         def after(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             if not originals:
                 return  # the hook before has raised
@@ -468,6 +473,7 @@ class Emulator:
                 sampled = None if by_sample is None else x.detach()
                 del made, x
 
+                @spanned(HOOKS)
                 def arrived(dy: Tensor) -> Tensor:
                     dy, operand = self._gradient(name, spec.gradients, dy, call)
                     for product in emulated:
@@ -504,6 +510,7 @@ class Emulator:
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
+    @spanned(LEDGER)
     def _count_product(self, name: str, micro_batch: int, which: str, first: Tensor, second: Tensor) -> None:
         counted = count_matmul(first, second)
         self._recorder.product(name, which, OPERANDS_OF_ACTIVATIONS[which], counted, micro_batch)
@@ -524,12 +531,14 @@ class Emulator:
         if datapath is not None:
             self._products.end_forward()
 
+    @spanned(LEDGER)
     def _record_products(self, name: str, weight: Tensor, made: list[Made]) -> list[_Multiplied]:
         found = [_Multiplied(one.product, one.product.samples(one.x) != 0, weight.detach() != 0) for one in made]
         for one in found:
             self._record_product(name, "forward", one, self._recorder.micro_batch)
         return found
 
+    @spanned(LEDGER)
     def _record_gradient_products(self, name: str, found: list[_Multiplied], call: _Call, dy: Tensor) -> None:
         for one in found:
             mask = one.product.samples(dy) != 0
@@ -674,7 +683,7 @@ class Emulator:
         """x rounded, and its scale; scales a channel go along scale_dim, blocks of a block format along block_dim."""
         fmt, ranks = along(format_of(spec), block_dim), self._ranks_of(role)
         dim = scale_dim if spec.granularity == "channel" else None
-        with torch.no_grad():
+        with torch.no_grad(), span(ROUNDING[role]):
             scale = None
             if spec.scale != "none":
                 amax, drawn = self._measured(x.detach(), dim, layer, role, with_sample=spec.scale in OF_SAMPLES)
@@ -684,15 +693,18 @@ class Emulator:
             with _named(f"{role} of layer {layer!r}"):
                 return accel.quantize(x, fmt, **options, **words), scale
 
+    @spanned(SCALES)
     def _measured(
         self, x: Tensor, dim: int | None, layer: str, role: str, *, with_sample: bool = True
     ) -> tuple[float | Tensor, Tensor]:
         """As `fpsim.scales.measured` of the ranks' parts. Raises NonFiniteError for a tensor that is not finite."""
         amax, drawn = measured(x, dim, self._ranks_of(role), with_sample=with_sample)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
-            raise NonFiniteError(role, layer, self.step_number)
+            seen = {"weight": self.layers[layer].get_parameter("weight"), role: x}
+            raise NonFiniteError(role, layer, self.step_number, seen)
         return amax, drawn
 
+    @spanned(SCALES)
     def _scale(
         self,
         x: Tensor,
@@ -729,7 +741,7 @@ class Emulator:
                 self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
             return dy, AS_IT_IS
         dim = call.channel_dim if role.granularity == "channel" else None
-        with torch.no_grad():
+        with torch.no_grad(), span(GRADIENTS):
             amax, drawn = self._measured(dy, dim, name, "gradient")
             drawn = sample(drawn)
             is_fixed = role.adapt is None
@@ -774,6 +786,7 @@ class Emulator:
             raise RunError(f"random streams {name!r} and {self._streams[stream]!r} collide: rename one of the layers")
         return {"seed": self.seed, "stream": stream, "step": self.step_number}
 
+    @spanned(LEDGER)
     def _stored(self, rounded: Tensor, spec: TensorSpec | None, scale: Scale, block_dim: int) -> Stored:
         if spec is None:
             return stored_plain(rounded.numel())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 WIDEST_SOURCE_LINE = 160
 WIDEST_MESSAGE = 600
@@ -66,8 +67,17 @@ class ToldError(FpsimError):
 
 
 class NonFiniteError(RunError):
-    """A NaN or an infinity where training cannot go on. `layer` is where it was seen first."""
+    """A NaN or an infinity where training cannot go on.
 
-    def __init__(self, what: str, layer: str, step: int) -> None:
-        super().__init__(f"{what} of layer {layer!r} is not finite at step {step}")
-        self.layer = layer
+    layer, role, step: where it was seen first; role is activation, weight, output, gradient, weight gradient or loss
+    (or another parameter of the layer, or its gradient). tensors: copies of the tensor of that role, as it was seen,
+    and of those it came from. nan, inf, elements: counts of the tensor.
+    """
+
+    def __init__(self, role: str, layer: str, step: int, tensors: Mapping[str, Any]) -> None:
+        self.layer, self.role, self.step = layer, role, step
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        tensor = self.tensors[role]
+        self.nan, self.inf, self.elements = int(tensor.isnan().sum()), int(tensor.isinf().sum()), tensor.numel()
+        counts = f"{self.nan:,} NaN, {self.inf:,} inf of {self.elements:,}"
+        super().__init__(f"{role} of layer {layer!r} is not finite at step {step} ({counts})")

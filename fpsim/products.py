@@ -28,6 +28,7 @@ from accel.effectual import Counted, count_dgrad, count_forward, count_wgrad
 from accel.ledger import Effectual
 from fpsim.config.schema import Datapath, mac
 from fpsim.errors import RunError
+from fpsim.ranges import PRODUCTS, span
 from fpsim.recorder import Scale
 
 CONVOLUTIONS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -94,7 +95,8 @@ class LayerProduct:
         if self.datapath.forward is None:
             return torch.ops.aten.convolution(x, w, None, *self._torch_arguments(x, w)) if self.spatial else x @ w.t()
         multiply = self._widened if self.is_transposed else self._narrowed
-        y = multiply(self.x.codes(x), self.w.codes(w), mac(self.datapath.forward), self.words("forward"))
+        with span(PRODUCTS):
+            y = multiply(self.x.codes(x), self.w.codes(w), mac(self.datapath.forward), self.words("forward"))
         scale = self.w.scale
         if isinstance(scale, Tensor) and scale.numel() > 1:
             channels = scale.flatten().repeat(y.shape[1] // scale.numel())
@@ -106,7 +108,8 @@ class LayerProduct:
         if self.datapath.dgrad is None:
             return self._torch_gradients(dy, x, w, [True, False, False])[0] if self.spatial else dy @ w
         multiply = self._narrowed if self.is_transposed else self._widened
-        dx = multiply(operand.codes(dy), self.w.codes(w), self._unit("dgrad", operand), self.words("dgrad"))
+        with span(PRODUCTS):
+            dx = multiply(operand.codes(dy), self.w.codes(w), self._unit("dgrad", operand), self.words("dgrad"))
         return _scaled(dx, operand.scale, self.w.scale)
 
     def wgrad(self, dy: Tensor, operand: Operand, x: Tensor, w: Tensor) -> Tensor:
@@ -114,10 +117,12 @@ class LayerProduct:
         if self.datapath.wgrad is None:
             return self._torch_gradients(dy, x, w, [False, True, False])[1] if self.spatial else dy.t() @ x
         unit, words = self._unit("wgrad", operand), self.words("wgrad")
-        wide, narrow, kernel = self.x.codes(x), operand.codes(dy), tuple(w.shape[2:])
-        if self.is_transposed:
-            wide, narrow, unit = narrow, wide, replace(unit, a=unit.b, b=unit.a)
-        return _scaled(accel.conv_wgrad(wide, narrow, self.conv, kernel, unit, **words), operand.scale, self.x.scale)
+        with span(PRODUCTS):
+            wide, narrow, kernel = self.x.codes(x), operand.codes(dy), tuple(w.shape[2:])
+            if self.is_transposed:
+                wide, narrow, unit = narrow, wide, replace(unit, a=unit.b, b=unit.a)
+            dw = accel.conv_wgrad(wide, narrow, self.conv, kernel, unit, **words)
+        return _scaled(dw, operand.scale, self.x.scale)
 
     def _unit(self, which: str, gradient: Operand) -> accel.Mac:
         """Of a backward pass. Raises RunError for integers of a dY that is none."""
@@ -335,7 +340,10 @@ def _factors(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, Tens
 
 
 def _multiplied(a: Tensor, b: Tensor, unit: Any, words: Words) -> Tensor:
-    return a @ b if unit is None else accel.matmul(a, b, mac(unit), **words).to(torch.float32)
+    if unit is None:
+        return a @ b
+    with span(PRODUCTS):
+        return accel.matmul(a, b, mac(unit), **words).to(torch.float32)
 
 
 class ModuleCall:

@@ -26,6 +26,7 @@ from accel.effectual import Counted
 from accel.ledger import Ledger, Product, Stored, stored_blocks, stored_encoded, stored_plain
 from accel.operations import with_padding
 from fpsim.config.schema import TensorSpec
+from fpsim.ranges import LEDGER, spanned
 
 OFF_ANY_GRID = 1 + 2.0**-23  # a float32 number that no format of fewer than 23 mantissa bits has
 HISTOGRAM_BITS = 8  # formats up to this width get an order-0 entropy
@@ -84,6 +85,7 @@ class Recorder:
         self._inputs.clear()
         self._norm_inputs.clear()
 
+    @spanned(LEDGER)
     def normalisation(self, name: str, x: Tensor, stored: Stored) -> None:
         """A normalisation keeps its input x for backward: one tensor, however many normalise it."""
         add = partial(self.ledger.add, self.step, name, "norm_input", micro_batch=self.micro_batch)
@@ -92,6 +94,7 @@ class Recorder:
         add("forward", stored, writes=int(is_new), resident=is_new)
         add("dgrad", stored, reads=int(x.requires_grad))
 
+    @spanned(LEDGER)
     def layer(self, name: str, x: Tensor, x_stored: Stored, weight: nn.Parameter, w_stored: Stored) -> None:
         """A layer runs forward on x: X and W of all passes."""
         add = partial(self.ledger.add, self.step, name, micro_batch=self.micro_batch)
@@ -117,16 +120,19 @@ class Recorder:
             add("weight", "update", w_stored, writes=1, second_name_in=master_in)
         self._last_layer = name
 
+    @spanned(LEDGER)
     def gradient(self, name: str, stored: Stored, micro_batch: int, has_dgrad: bool, has_wgrad: bool) -> None:
         """dY arrives at a layer that ran in the given forward pass."""
         add = partial(self.ledger.add, self.step, name, "gradient", micro_batch=micro_batch)
         add("dgrad", stored, reads=int(has_dgrad), writes=1, resident=True)
         add("wgrad", stored, reads=int(has_wgrad))
 
+    @spanned(LEDGER)
     def product(self, name: str, pass_name: str, operands: tuple[str, str], counted: Counted, micro_batch: int) -> None:
         """A layer or a module multiplies tensors of these roles."""
         self.ledger.products.append(Product(self.step, micro_batch, name, pass_name, operands, *counted))
 
+    @spanned(LEDGER)
     def addends(self, tensors: list[Tensor]) -> None:
         """Tensors that an addition or a concatenation brings in from memory."""
         add = partial(self.ledger.add, self.step, self._last_layer, "addend", micro_batch=self.micro_batch)
@@ -143,6 +149,7 @@ class Recorder:
         """Whether a layer of this forward pass has read x."""
         return _place(x) in self._inputs
 
+    @spanned(LEDGER)
     def update(self) -> None:
         """The optimizer has made its step: weight gradients, master copies and optimizer state of all parameters."""
         counted: set[int] = set()
@@ -205,6 +212,7 @@ class _AddendWatcher(TorchDispatchMode):
         return result
 
 
+@spanned(LEDGER)
 def stored_tensor(
     x: Tensor,
     counts: accel.BlockCounts,

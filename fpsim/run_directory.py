@@ -9,6 +9,8 @@ runs/<name>/<UTC time>-<config hash>/
     gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.jsonl        what happened                      checkpoints/step-N/
     results.json     what `fpsim report` reads          .lock   held by the process that writes here
+    failed/step-N/   the state of a run that met a NaN, and the tensor: not_finite.safetensors
+    profile.json     of `fpsim run --profile`: where the time of a step goes     trace.json   the same for Perfetto
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ WEIGHTS_FILE, PRODUCTS_FILE = "weights.jsonl", "products.jsonl"
 # files to which a run adds line by line
 LINES = (METRICS_FILE, LEDGER_FILE, PRODUCTS_FILE, GRADIENTS_FILE, WEIGHTS_FILE)
 SAMPLES_FILE, LOG_FILE, LOCK_FILE = "gradients.safetensors", "log.jsonl", ".lock"
+FAILED_FOLDER, NOT_FINITE_FILE = "failed", "not_finite.safetensors"
+PROFILE_FILE, TRACE_FILE = "profile.json", "trace.json"
 
 
 def find_run(place: str | Path) -> Path:

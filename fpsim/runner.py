@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
 from fpsim.files import write_json, write_text
+from fpsim.not_finite import not_finite_in_evaluation, save_failed
+from fpsim.profile import StepProfiler
+from fpsim.ranges import END, OPTIMIZER, span
 from fpsim.ranks import ALONE, Ranks, is_lost, joined
 from fpsim.run_directory import (
     CONFIG_FILE,
@@ -57,10 +60,12 @@ def run(
     *,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    profile: bool = False,
 ) -> RunResult:
     """Train a configuration (an object, a mapping, a file or the name of an experiment) to its end.
 
-    run_dir: a new directory; by default `<output>/<name>/<UTC time>-<config hash>`. quiet: no progress.
+    run_dir: a new directory; by default `<output>/<name>/<UTC time>-<config hash>`. quiet: no progress. profile: some
+    steps are profiled (see `fpsim.profile`), which leaves the results as they are.
     Raises ConfigError for the user's mistakes (an existing directory included), RunError for a run that fails.
     """
     if isinstance(config, str | Path):
@@ -72,12 +77,13 @@ def run(
             folder = new_directory(config, run_dir) if ranks.is_first else Path(run_dir or config.output)
             config.check_parts(ranks.count)
             session = Session(config, folder, quiet, ranks)
+            profiler = StepProfiler(folder, session.total_steps) if profile and ranks.is_first else None
         with ranks.together():
             if ranks.is_first:
                 is_given = run_dir is not None
                 stack.enter_context(begun(folder, config, environment(ranks.count), is_given=is_given))
         session.exchange.connect()
-        return _train(session, "started")
+        return _train(session, "started", profiler)
 
 
 def resume(run_dir: str | Path, *, quiet: bool = False) -> RunResult:
@@ -119,25 +125,22 @@ def _session_of(folder: Path, quiet: bool, ranks: Ranks) -> Session:
     return Session(config, folder, quiet, ranks)
 
 
-def _train(session: Session, begun_as: str) -> RunResult:
+def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None) -> RunResult:
     """Raises RunError, with how to go on, for a run that cannot; on ranks beyond the first ToldError, where all end."""
     folder, ranks = session.folder, session.ranks
-    with _stop_signals(ranks) as stopped, session.progress:
+    with _stop_signals(ranks) as stopped, session.progress, profiler or nullcontext():
         session.log(begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
         for note in session.notes:
             session.progress.note(f"note: {note}")
         try:
-            _train_steps(session, stopped)
+            _train_steps(session, stopped, profiler)
             results = _results(session)
             if ranks.is_first:
                 write_json(folder / RESULTS_FILE, results)
                 _write_tables(folder)
         except NonFiniteError as error:
-            session.save(folder / "failed")
-            place = folder / "failed" / f"step-{session.step}"
-            session.log("not finite", level="error", reason=str(error), state=str(place))
-            raise ranks.told_by_first(RunError(f"{error}; the state at that moment is saved in {place}")) from error
+            raise ranks.told_by_first(RunError(save_failed(session, error))) from error
         except RuntimeError as error:
             if not is_lost(error, ranks):
                 raise
@@ -156,11 +159,12 @@ def _train(session: Session, begun_as: str) -> RunResult:
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
-def _train_steps(session: Session, stopped: list[str]) -> None:
+def _train_steps(session: Session, stopped: list[str], profiler: StepProfiler | None) -> None:
     """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
     folder, spec, ranks = session.folder / "checkpoints", session.config.training.checkpoint, session.ranks
     while session.step < session.total_steps:
-        row = _train_step(session)
+        with nullcontext() if profiler is None else profiler.step():
+            row = _train_step(session)
         session.append(METRICS_FILE, [row])
         epoch_ended = session.step % session.steps_per_epoch == 0
         if epoch_ended:
@@ -196,8 +200,10 @@ def _train_step(session: Session) -> dict[str, Any]:
         group["lr"] = learning_rate
     loss_value, correct, labels = forward_and_backward(session)
     check_gradients(session.model, step)
-    session.optimizer.step()
-    emulator.step()
+    with span(OPTIMIZER):
+        session.optimizer.step()
+    with span(END):
+        emulator.step()
     session.epoch_loss += loss_value
     session.epoch_correct += correct
     session.step += 1
@@ -220,7 +226,7 @@ def _end_epoch(session: Session, row: dict[str, Any]) -> dict[str, Any]:
     session.ranks.share_first(list(session.model.buffers()))
     test_loss, test_accuracy = evaluate(session.model, session.dataset.test, session.ranks)
     if not math.isfinite(test_loss):
-        raise NonFiniteError("test loss", "(last)", session.step)
+        raise not_finite_in_evaluation(session, test_loss)
     batch, per_sample = session.config.training.batch_size, session.dataset.labels_per_sample
     seen = session.steps_per_epoch * batch * per_sample
     end = {

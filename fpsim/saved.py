@@ -39,6 +39,7 @@ import accel
 from accel.formats import FLOAT32
 from accel.ledger import Stored, stored_encoded, stored_plain
 from fpsim.config.schema import SavedActivations, number_format
+from fpsim.ranges import SAVED, spanned
 from fpsim.recorder import Scale, code_histogram
 from fpsim.scales import largest_magnitude, scale_of
 
@@ -104,6 +105,7 @@ class _View:
     strides: tuple[int, ...]
     offset: int
 
+    @spanned(SAVED)
     def tensor(self) -> Tensor:
         return self.packing.restored().as_strided(self.shape, self.strides, self.offset)
 
@@ -199,6 +201,7 @@ class SavedTensors:
             histogram=code_histogram(values, fmt, scale, 0.0), stream_bits=packing.stream.bits_by_part,
         )  # fmt: skip
 
+    @spanned(SAVED)
     def _pack(self, x: Tensor) -> _View | _Left:
         if not self._calls():
             return _Left(x.detach(), x._version)

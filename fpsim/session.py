@@ -27,6 +27,7 @@ from fpsim.exchange import Exchange
 from fpsim.files import write_bytes
 from fpsim.layers import PatternError
 from fpsim.progress import Progress
+from fpsim.ranges import BACKWARD, DATA, FORWARD, span
 from fpsim.ranks import ALONE, Ranks
 from fpsim.run_directory import (
     GRADIENTS_FILE,
@@ -47,7 +48,7 @@ from fpsim.training import (
     count_correct,
     cross_entropy,
     data_order,
-    first_non_finite_layer,
+    first_non_finite,
     generator,
 )
 
@@ -262,36 +263,32 @@ def forward_and_backward(session: Session) -> tuple[float, int, int]:
     if position == 0:
         emulator.next_epoch()
         session.epoch_loss, session.epoch_correct = 0.0, 0
-    indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
     chosen = None if ranks.count == 1 else torch.arange(batch).view(parts, ranks.count, -1)[:, ranks.number].flatten()
-    inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step), chosen)
+    with span(DATA):
+        indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
+        inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step), chosen)
     session.optimizer.zero_grad()
     loss_value, correct = 0.0, 0
     for number, (some, some_labels) in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), start=1):
         random_state = torch.get_rng_state()
         with exchange.pass_over(is_last=number == parts):
             try:
-                logits = exchange.model(some)
-                loss = cross_entropy(logits, some_labels) / (parts * ranks.count)
-                value, right = ranks.totals(float(loss.detach()), count_correct(logits, some_labels))
+                with span(FORWARD):
+                    logits = exchange.model(some)
+                    loss = cross_entropy(logits, some_labels) / (parts * ranks.count)
+                    value, right = ranks.totals(float(loss.detach()), count_correct(logits, some_labels))
                 if not math.isfinite(value):
-                    raise NonFiniteError("loss", "(last)", step)
+                    seen = {"loss": loss, "output": logits, "labels": some_labels}
+                    raise NonFiniteError("loss", "(last)", step, seen)
             except NonFiniteError as error:
                 emulator.restart_step()
-                layer = _first_non_finite_layer(session, some, random_state)
-                raise error if layer is None else NonFiniteError("output", layer, step) from None
-            loss.backward()
+                raise first_non_finite(session.model, some, random_state, step) or error from None
+            with span(BACKWARD):
+                loss.backward()
         loss_value += value
         correct += int(right)
     exchange.step = step + 1
     return loss_value, correct, labels.numel() * ranks.count
-
-
-def _first_non_finite_layer(session: Session, inputs: Tensor, random_state: Tensor) -> str | None:
-    """The first of the layers that any rank finds."""
-    found = first_non_finite_layer(session.model, inputs, random_state)
-    told = {name.decode() for name in session.ranks.gathered((found or "").encode())}
-    return next((name for name, _ in session.model.named_modules() if name and name in told), None)
 
 
 @contextmanager

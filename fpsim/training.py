@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -79,7 +81,8 @@ def count_correct(logits: Tensor, labels: Tensor) -> int:
 def evaluate(model: nn.Module, split: Split, ranks: Ranks = ALONE) -> tuple[float, float]:
     """(mean cross-entropy, accuracy in percent) over a whole split, the model in evaluation mode meanwhile.
 
-    Of several ranks, each evaluates every so many batches.
+    Of several ranks, each evaluates every so many batches. The first is NaN where the model does not take what is not
+    finite, as emulation does not.
     """
     was_training = model.training
     model.eval()
@@ -87,10 +90,14 @@ def evaluate(model: nn.Module, split: Split, ranks: Ranks = ALONE) -> tuple[floa
     try:
         for indices in torch.arange(len(split)).split(EVALUATION_BATCH)[ranks.number :: ranks.count]:
             inputs, labels = split.batch(indices)
-            logits = model(inputs)
+            count += labels.numel()
+            try:
+                logits = model(inputs)
+            except NonFiniteError:  # not raised here: the other ranks wait for the sums
+                loss = math.nan
+                break
             loss += float(cross_entropy(logits, labels, reduction="sum"))
             correct += count_correct(logits, labels)
-            count += labels.numel()
     finally:
         model.train(was_training)
     loss, total_correct, total = ranks.totals(loss, correct, count)
@@ -105,35 +112,56 @@ def check_gradients(model: nn.Module, step: int) -> None:
     for name, gradient in reversed(named):
         if not bool(torch.isfinite(gradient).all()):
             layer, _, parameter = name.rpartition(".")
-            raise NonFiniteError(f"gradient of {parameter}", layer, step)
+            role, value = f"{parameter} gradient", model.get_parameter(name)
+            raise NonFiniteError(role, layer, step, {role: gradient, parameter: value})
 
 
-@torch.no_grad()
-def first_non_finite_layer(model: nn.Module, inputs: Tensor, random_state: Tensor) -> str | None:
-    """The first module whose output is NaN or infinite when the model runs on `inputs`; None when all are finite.
+def first_non_finite(model: nn.Module, inputs: Tensor, random_state: Tensor, step: int) -> NonFiniteError | None:
+    """What is NaN or infinite first when the model runs on `inputs`; None when all that its modules see is finite.
 
-    random_state: of torch, when the run under question began. The model is left as it was.
+    It is the input of a module (role activation), else one of its parameters as it uses them, else its output; beside
+    it go the others. random_state: of torch, when the run under question began. The model is left as it was.
     """
-    found: list[str] = []
+    found: list[NonFiniteError] = []
+    used: dict[str, Tensor] = {}
 
-    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def after(module: nn.Module, arguments: object, output: object) -> None:
-            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                found.append(name)
+    def watch(name: str, module: nn.Module) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        def before(module: nn.Module, arguments: tuple[object, ...]) -> None:
+            used.clear()
+            used.update({key: p for key, p in module._parameters.items() if p is not None})
 
-        return module.register_forward_hook(after)
+        def after(module: nn.Module, arguments: tuple[object, ...], output: object) -> None:
+            if found or not isinstance(output, Tensor) or bool(torch.isfinite(output).all()):
+                return
+            x = arguments[0] if arguments else None
+            seen = {**({"activation": x} if isinstance(x, Tensor) else {}), **used, "output": output}
+            role = next(role for role, tensor in seen.items() if not bool(torch.isfinite(tensor).all()))
+            found.append(NonFiniteError(role, name, step, seen))
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    handles = [watch(name, module) for name, module in model.named_modules() if not list(module.children())]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(random_state)
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after)
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    with _as_it_was(model, random_state):
+        handles = [handle for name, module in leaves for handle in watch(name, module)]
+        try:
             model(inputs)
-    except NonFiniteError:
-        pass
+        except NonFiniteError as error:
+            found.append(error)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found[0] if found else None
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, random_state: Tensor) -> Iterator[None]:
+    """Without gradients, from that random state of torch; buffers and random state are put back."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(random_state)
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return found[0] if found else None

@@ -13,7 +13,11 @@ class DataError(FpsimError):
     """Files that are missing, truncated, of another layout, or that hold values out of range."""
 
 
-def missing(path: Path, expected: str) -> DataError:
+class MissingError(DataError):
+    """Files that are not there."""
+
+
+def missing(path: Path, expected: str) -> MissingError:
     """The error for a path that does not exist: what was looked for, what is there instead, what is expected."""
     there = next(p for p in (path, *path.absolute().parents) if p.exists())
     if there.is_dir():
@@ -22,4 +26,4 @@ def missing(path: Path, expected: str) -> DataError:
         found = f"{there} holds {shown or 'nothing'}"
     else:
         found = f"{there} is a file"
-    return DataError(f"{path}: not found; {found}; expected {expected}")
+    return MissingError(f"{path}: not found; {found}; expected {expected}")

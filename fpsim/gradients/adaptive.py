@@ -15,6 +15,7 @@ from torch import Tensor
 import accel
 from fpsim.config.schema import GradientSpec
 from fpsim.layers import format_of
+from fpsim.ranges import STATISTICS, spanned
 from fpsim.scales import SIGMA_STEPS, best_format, log2_moments, sigma_steps
 
 
@@ -39,6 +40,7 @@ class LayerFormat:
         assert isinstance(given, accel.Format)
         return best_format(given.bits, given.policy, self.steps) if self.steps else given
 
+    @spanned(STATISTICS)
     def renew(self, sample: Tensor, step: int) -> accel.Format:
         """The format for a tensor of a step, given a sample of it: chosen anew when that is due."""
         interval, before = self.spec.adapt, self.format

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import accel
 from fpsim.distributions import SMALLEST_SAMPLE, compare
+from fpsim.ranges import STATISTICS, spanned
 from fpsim.ranks import ALONE, Ranks
 from fpsim.scales import sample_of_parts
 
@@ -40,6 +41,7 @@ class Distributions:
         rows = takewhile(lambda row: row["step"] == step, reversed(self.rows))
         return [row["layer"] for row in rows if row["role"] == "dY"][::-1]
 
+    @spanned(STATISTICS)
     def record(self, step: int, layer: str, role: str, x: Tensor, ranks: Ranks = ALONE) -> None:
         """Enter a gradient, of which x may be this rank's part: of all of it elements, zeros, mean and deviation of
         log2|x| over the nonzeros; D of seven distributions (see fpsim.distributions) of the `sample` of 4096 elements,

@@ -17,6 +17,7 @@ from torch import Tensor
 from accel import Counts
 from fpsim.config.schema import Pruning
 from fpsim.gradients import thresholds
+from fpsim.ranges import STATISTICS, spanned
 from fpsim.ranks import ALONE, Ranks
 
 RULES = {
@@ -93,6 +94,7 @@ class LayerPruning:
     def __post_init__(self) -> None:
         self.asked = self.spec.sparsity
 
+    @spanned(STATISTICS)
     def threshold(self, sample: np.ndarray, step: int) -> float:
         """alpha for a tensor of a step, given a sample of it (finite): renewed when that is due."""
         is_due = self.spec.refresh_interval != "epoch" and step >= self.next_renewal
@@ -128,6 +130,7 @@ class LayerPruning:
         if counts.nonzeros:
             self.alpha_share.add(counts.alphas / counts.nonzeros)
 
+    @spanned(STATISTICS)
     def measure(self, dy: Tensor, rounded: Tensor, ranks: Ranks = ALONE) -> None:
         """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two, of all ranks' parts;
         nothing if dy is 0."""

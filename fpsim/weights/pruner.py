@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fpsim.config.schema import DensePruning, Refresh, SnrPruning, WeightPruning
 from fpsim.errors import RunError
+from fpsim.ranges import WEIGHT_PRUNING, spanned
 from fpsim.ranks import ALONE, Ranks
 from fpsim.weights.masks import Masks, keep_by_snr, keep_share, ramp
 from fpsim.weights.per_sample import sum_of_squares
@@ -65,6 +66,7 @@ class WeightPruner:
 
     # --- in a step ------------------------------------------------------------------------------------------------
 
+    @spanned(WEIGHT_PRUNING)
     def masked(self, name: str, weight: Tensor) -> Tensor:
         """theta_hat, whose gradient is the dense weight's, or that times the mask where pruned weights stay pruned."""
         mask = self.masks.get(name)
@@ -81,6 +83,7 @@ class WeightPruner:
         """Whether `samples` is to be called in the backward pass of a layer."""
         return name in self._averages and self._estimator == "per_sample"
 
+    @spanned(WEIGHT_PRUNING)
     def samples(self, name: str, x: Tensor, dy: Tensor) -> None:
         """Count the gradients of single samples: a layer's input and the gradient at its output, batch first."""
         squares = sum_of_squares(self._layers[name], x, dy)
@@ -92,6 +95,7 @@ class WeightPruner:
     def _part_of(self, name: str) -> Any:
         """A hook that adds the gradient of one backward pass."""
 
+        @spanned(WEIGHT_PRUNING)
         def add(gradient: Tensor) -> None:
             known = self._totals.get(name)
             self._totals[name] = gradient.detach().clone() if known is None else known.add_(gradient)
@@ -102,6 +106,7 @@ class WeightPruner:
 
         return add
 
+    @spanned(WEIGHT_PRUNING)
     def begin_step(self, step: int) -> bool:
         """Renew the masks where that is due; whether it was."""
         is_due, self.epoch_is_new = self._is_due(step), False
@@ -109,6 +114,7 @@ class WeightPruner:
             self._renew(step)
         return is_due
 
+    @spanned(WEIGHT_PRUNING)
     def end_step(self) -> None:
         """Add the step's gradients to the averages. Raises RunError where they do not tell a variance."""
         self._add_up_ranks()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from torch import nn
 
 import accel
@@ -601,7 +603,7 @@ def test_a_nan_is_blamed_on_the_layer_where_it_begins(
         return train_step(session)
 
     monkeypatch.setattr(runner, "_train_step", step)
-    with pytest.raises(RunError, match=f"of layer '{parameter[0]}' is not finite at step 3; .*failed/step-3"):
+    with pytest.raises(RunError, match=f"of layer '{parameter[0]}' is not finite at step 3 .*failed/step-3"):
         run(settings(emulation=emulation), tmp_path / "run", quiet=True)
     assert (tmp_path / "run" / "failed" / "step-3" / "model.safetensors").is_file()
     assert not (tmp_path / "run" / "results.json").exists()
@@ -642,7 +644,7 @@ def test_a_weight_gradient_that_is_not_finite_keeps_the_weights(
         return train_step(session)
 
     monkeypatch.setattr(runner, "_train_step", step)
-    with pytest.raises(RunError, match=r"^gradient of weight of layer '3' is not finite at step 3; the state at that"):
+    with pytest.raises(RunError, match=r"^weight gradient of layer '3' is not finite at step 3 "):
         run(settings(emulation=None), tmp_path / "run", quiet=True)
     saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
@@ -654,13 +656,171 @@ def test_weights_that_overflow_in_the_last_step_are_no_result(tmp_path: Path, em
     """The evaluation meets the infinity first; the state that the message promises is the one that is saved."""
     training = {"epochs": 1, "batch_size": 43, "optimizer": {**SGD, "learning_rate": 1e30}}
     failed = tmp_path / "run" / "failed" / "step-1"
-    with pytest.raises(RunError, match=f"not finite at step 1; the state at that moment is saved in {failed}$"):
+    with pytest.raises(RunError, match=rf"not finite at step 1 \(.*\); the state at that moment is saved in {failed},"):
         run(settings(training=training, emulation=emulation), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "results.json").exists()
     parsed = parse_config(settings(training=training, emulation=emulation))
     session = Session(parsed, tmp_path / "unused", quiet=True)
     assert checkpoint.load(failed, session.model, session.optimizer)[0]["step"] == 1
     assert max(float(p.detach().abs().max()) for p in session.model.parameters()) > 1e20  # the update is in it
+
+
+def failed_at_step_3(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Any], None], **changes: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a run saves that meets what `plant` does to its session before step 3, and its last line of the log."""
+    train_step = runner._train_step
+
+    def step(session: Any) -> dict[str, Any]:
+        if session.step == 3:
+            plant(session)
+        return train_step(session)
+
+    monkeypatch.setattr(runner, "_train_step", step)
+    with pytest.raises(RunError) as caught:
+        run(settings(**changes), folder, quiet=True)
+    file = folder / "failed" / "step-3" / "not_finite.safetensors"
+    assert str(caught.value).endswith(f", the tensor in {file}")
+    assert len(str(caught.value).splitlines()) == 1
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    tensors = checkpoint.load_file(file)
+    found = tensors[last["role"]]
+    counts = int(found.isnan().sum()), int(found.isinf().sum()), found.numel()
+    assert (last["nan"], last["inf"], last["elements"]) == counts
+    assert (last["event"], last["level"], last["step"], last["tensor"]) == ("not finite", "error", 3, str(file))
+    with safe_open(file, "pt") as opened:
+        kept = {key: str(last[key]) for key in ("layer", "role", "step", "nan", "inf", "elements")}
+        assert opened.metadata() == kept
+    return tensors, last
+
+
+def inputs_of_step_3() -> torch.Tensor:
+    config = parse_config(settings())
+    dataset = data.load(config.data, config.seed)
+    images, _ = dataset.train.batch(data_order(7, 0, 43)[24:32], generator(7, "augment", 3))
+    return images.flatten(1)
+
+
+def set_entry(parameter: str, value: float) -> Callable[[Any], None]:
+    def plant(session: Any) -> None:
+        session.model.get_parameter(parameter).data.view(-1)[5] = value
+
+    return plant
+
+
+@pytest.mark.usefixtures("plain_network")
+@pytest.mark.parametrize("emulation", [None, EMULATED])
+def test_a_weight_is_saved_as_its_layer_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: dict[str, Any] | None
+) -> None:
+    plant = set_entry("1.weight", float("inf"))
+    tensors, last = failed_at_step_3(tmp_path / "run", monkeypatch, plant, emulation=emulation)
+    assert (last["layer"], last["role"], last["nan"], last["inf"], last["elements"]) == ("1", "weight", 0, 1, 16 * 16)
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
+    assert torch.equal(tensors["weight"], saved["1.weight"])
+    if emulation is None:
+        assert torch.equal(tensors["activation"], inputs_of_step_3())
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_an_output_is_saved_with_what_it_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite inputs and weights whose products overflow; the ReLU behind writes in place, after it was seen."""
+
+    def plant(session: Any) -> None:
+        session.model.get_parameter("1.weight").data[2:4] = torch.tensor([[3e38], [-3e38]])
+        session.model[2].inplace = True
+
+    tensors, last = failed_at_step_3(tmp_path / "run", monkeypatch, plant, emulation=None)
+    assert (last["layer"], last["role"], last["elements"]) == ("1", "output", 8 * 16)
+    assert set(tensors) == {"activation", "weight", "bias", "output"}
+    assert torch.equal(tensors["activation"], inputs_of_step_3())
+    again = torch.nn.functional.linear(tensors["activation"], tensors["weight"], tensors["bias"])
+    assert torch.equal(tensors["output"].nan_to_num(7), again.nan_to_num(7))
+    assert float(tensors["output"].min()) == -math.inf
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_a_rounded_weight_that_overflows_is_saved_as_it_was_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulation = {"weights": {"format": "e5m2", "overflow": "ieee"}}
+    tensors, last = failed_at_step_3(
+        tmp_path / "run", monkeypatch, set_entry("3.weight", 1e6), emulation=emulation
+    )  # fmt: skip
+    assert (last["layer"], last["role"], last["inf"]) == ("3", "weight", 1)
+    dense = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")["3.weight"]
+    assert torch.equal(tensors["weight"], accel.quantize(dense, "e5m2", overflow="ieee"))
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_an_activation_that_no_module_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer gets is looked at before what it makes of it."""
+
+    def plant(session: Any) -> None:
+        def poisoned(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            x = arguments[0].clone()
+            x[0, :3] = float("nan")
+            return (x,)
+
+        session.model[3].register_forward_pre_hook(poisoned)
+
+    tensors, last = failed_at_step_3(tmp_path / "run", monkeypatch, plant, emulation=None)
+    assert (last["layer"], last["role"], last["nan"], last["inf"]) == ("3", "activation", 3, 0)
+    assert tensors["activation"].isnan().nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_a_neural_gradient_is_saved_as_it_arrived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived: list[torch.Tensor] = []
+
+    def plant(session: Any) -> None:
+        def poisoned(dy: torch.Tensor) -> torch.Tensor:
+            dy = dy.clone()
+            dy[1, 2], dy[3, 4] = float("inf"), float("nan")
+            arrived.append(dy.clone())
+            return dy
+
+        session.model[4].register_forward_hook(lambda module, x, y: y.register_hook(poisoned) and None)
+
+    tensors, last = failed_at_step_3(tmp_path / "run", monkeypatch, plant)
+    assert (last["layer"], last["role"], last["elements"]) == ("3", "gradient", 8 * 12)
+    behind_relu = tensors["gradient"]
+    passed = behind_relu != 0
+    assert torch.equal(behind_relu[passed].nan_to_num(7, 8), arrived[0][passed].nan_to_num(7, 8))
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
+    assert torch.equal(tensors["weight"], saved["3.weight"])
+
+
+@pytest.mark.usefixtures("plain_network")
+def test_a_weight_gradient_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plant(session: Any) -> None:
+        poison = torch.zeros(12, 16).index_put_((torch.tensor([1]), torch.tensor([2])), torch.tensor(float("nan")))
+        session.model.get_parameter("3.weight").register_hook(lambda gradient: gradient + poison)
+
+    tensors, last = failed_at_step_3(tmp_path / "run", monkeypatch, plant, emulation=None)
+    assert (last["layer"], last["role"], last["nan"], last["inf"]) == ("3", "weight gradient", 1, 0)
+    assert tensors["weight gradient"].isnan().nonzero().tolist() == [[1, 2]]
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-3" / "model.safetensors")
+    assert torch.equal(tensors["weight"], saved["3.weight"])
+
+
+@pytest.mark.parametrize("emulation", [None, EMULATED])
+@pytest.mark.usefixtures("plain_network")
+def test_what_evaluation_meets_is_traced_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulation: dict[str, Any] | None
+) -> None:
+    end_epoch = runner._end_epoch
+
+    def end(session: Any, row: dict[str, Any]) -> dict[str, Any]:
+        session.model.get_parameter("3.bias").data[1] = float("nan")
+        return end_epoch(session, row)
+
+    monkeypatch.setattr(runner, "_end_epoch", end)
+    with pytest.raises(RunError, match=r"^bias of layer '3' is not finite at step 5 \(1 NaN, 0 inf of 12\)"):
+        run(settings(emulation=emulation), tmp_path / "run", quiet=True)
+    saved = checkpoint.load_file(tmp_path / "run" / "failed" / "step-5" / "not_finite.safetensors")
+    assert saved["bias"].isnan().nonzero().tolist() == [[1]]
+    assert saved["activation"].shape == (16, 16)
 
 
 def test_the_search_for_the_layer_repeats_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -682,7 +842,7 @@ def test_the_search_for_the_layer_repeats_the_step(tmp_path: Path, monkeypatch: 
     train_step = runner._train_step
     monkeypatch.setattr(runner, "_train_step", step)
     stochastic = {"format": "e4m3fn", "scale": "power_of_two", "rounding": "stochastic"}
-    with pytest.raises(RunError, match=r"^output of layer '7' is not finite at step 3"):
+    with pytest.raises(RunError, match=r"^bias of layer '7' is not finite at step 3 "):
         run(settings(emulation={**EMULATED, "activations": stochastic}), tmp_path / "run", quiet=True)
     first, second = runs
     assert torch.equal(first, second)

@@ -16,7 +16,7 @@ from fpsim.training import (
     check_gradients,
     data_order,
     evaluate,
-    first_non_finite_layer,
+    first_non_finite,
     generator,
     learning_rate_factor,
 )
@@ -211,7 +211,7 @@ def test_check_gradients_names_the_layer_that_backward_reached_first(
         gradient = model.get_parameter(name).grad
         assert gradient is not None
         gradient.view(-1)[0] = value
-    message = f"^gradient of {parameter} of layer '{layer}' is not finite at step 12$"
+    message = f"^{parameter} gradient of layer '{layer}' is not finite at step 12 "
     with pytest.raises(NonFiniteError, match=message) as caught:
         check_gradients(model, 12)
     assert caught.value.layer == layer
@@ -220,28 +220,29 @@ def test_check_gradients_names_the_layer_that_backward_reached_first(
 def test_check_gradients_names_a_nested_layer_in_full() -> None:
     model = with_gradients(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)))
     model.get_parameter("0.0.weight").grad = torch.full((2, 2), math.nan)
-    with pytest.raises(NonFiniteError, match=r"^gradient of weight of layer '0\.0' is") as caught:
+    with pytest.raises(NonFiniteError, match=r"^weight gradient of layer '0\.0' is") as caught:
         check_gradients(model, 0)
     assert caught.value.layer == "0.0"
 
 
 def search(model: nn.Module, images: Tensor = IMAGES) -> str | None:
-    return first_non_finite_layer(model, images, torch.get_rng_state())
+    found = first_non_finite(model, images, torch.get_rng_state(), 12)
+    return None if found is None else found.layer
 
 
 @pytest.mark.parametrize(("parameter", "expected"), [("1.weight", "1"), ("2.bias", "2"), ("5.bias", "5")])
-def test_first_non_finite_layer(parameter: str, expected: str) -> None:
+def test_first_non_finite(parameter: str, expected: str) -> None:
     model = network()
     model.get_parameter(parameter).data[0] = math.nan
     assert search(model) == expected
 
 
-def test_first_non_finite_layer_of_a_finite_model_and_of_the_images() -> None:
+def test_first_non_finite_of_a_finite_model_and_of_the_images() -> None:
     assert search(network()) is None
     assert search(network(), torch.full((4, 1, 3, 3), math.inf)) == "0"
 
 
-def test_first_non_finite_layer_draws_what_the_run_drew() -> None:
+def test_first_non_finite_draws_what_the_run_drew() -> None:
     """A layer that fails at one draw only is found after the generator went on, and the generator stays there."""
     model = network()
     before = torch.get_rng_state()
@@ -250,11 +251,13 @@ def test_first_non_finite_layer_draws_what_the_run_drew() -> None:
     torch.rand(3)
     after = torch.get_rng_state()
     assert search(model) is None
-    assert first_non_finite_layer(model, IMAGES, before) == "6"
+    found = first_non_finite(model, IMAGES, before, 12)
+    assert found is not None
+    assert (found.layer, found.role) == ("6", "output")
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def test_first_non_finite_layer_leaves_the_model_as_it_was() -> None:
+def test_first_non_finite_leaves_the_model_as_it_was() -> None:
     """Running statistics would otherwise be poisoned before the state is saved for the user to look at."""
     model = network()
     model.get_parameter("1.weight").data[0] = math.nan
@@ -265,7 +268,7 @@ def test_first_non_finite_layer_leaves_the_model_as_it_was() -> None:
     assert all(not module._forward_hooks for module in model.modules())
 
 
-def test_first_non_finite_layer_is_left_as_it_was_when_the_model_raises() -> None:
+def test_first_non_finite_is_left_as_it_was_when_the_model_raises() -> None:
     model = network()
     model.append(_Raises(ArithmeticError()))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -275,12 +278,12 @@ def test_first_non_finite_layer_is_left_as_it_was_when_the_model_raises() -> Non
     assert all(not module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("weight", "expected"), [(math.nan, "1"), (1.0, None)])
-def test_first_non_finite_layer_of_a_model_that_emulation_stops(weight: float, expected: str | None) -> None:
+@pytest.mark.parametrize(("weight", "expected"), [(math.nan, "1"), (1.0, "6")])
+def test_first_non_finite_of_a_model_that_emulation_stops(weight: float, expected: str | None) -> None:
     """Emulation refuses a tensor that is not finite: what came before it was seen nevertheless."""
     model = network()
     model.get_parameter("1.weight").data[0] = weight
-    model.append(_Raises(NonFiniteError("activation", "6", 0)))
+    model.append(_Raises(NonFiniteError("activation", "6", 0, {"activation": torch.tensor(math.nan)})))
     assert search(model) == expected
     assert all(not module._forward_hooks for module in model.modules())
 
