@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Ranks": "fpsim.ranks",
     "emulate": "fpsim.emulation",
     "load_config": "fpsim.config",
     "load_model": "fpsim.packed_model",
@@ -16,7 +17,7 @@ _HOMES = {
     "run": "fpsim.runner",
 }
 
-__all__ = ["emulate", "load_config", "load_model", "lognormal", "resume", "run"]
+__all__ = ["Ranks", "emulate", "load_config", "load_model", "lognormal", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

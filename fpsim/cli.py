@@ -92,6 +92,39 @@ def resume(
 
 
 @app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A sweep's YAML file, or the name of a preset.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials and how far they are.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train every trial of a sweep on Dask's workers and compare them; again, it goes on with what is not finished."""
+    from fpsim.sweep import load_sweep, page, read_outcomes, run_sweep
+
+    plan = load_sweep(config, overrides or [])
+    if dry_run:
+        outcomes = read_outcomes(plan)
+        if as_json:
+            rows = [
+                {"config_hash": one.trial.config_hash, "varied": one.trial.varied, "status": one.status}
+                for one in outcomes
+            ]
+            print(json.dumps(rows, indent=1))
+        else:
+            page.show_plan(plan, outcomes)
+        return
+    summary = run_sweep(plan, quiet=quiet)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        page.show(summary)
+        print(plan.folder / "report.html")
+    if any(row["status"] == "failed" for row in summary["trials"]):
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of runs.")],
     output: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None,

@@ -78,8 +78,10 @@ def run(
             config.check_parts(ranks.count)
             session = Session(config, folder, quiet, ranks)
             profiler = StepProfiler(folder, session.total_steps) if profile and ranks.is_first else None
+        with ranks.together():
             if ranks.is_first:
-                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=run_dir is not None))
+                is_given = run_dir is not None
+                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=is_given))
         session.exchange.connect()
         return _train(session, "started", profiler)
 

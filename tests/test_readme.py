@@ -72,13 +72,15 @@ def test_commands_are_accepted(command: list[str]) -> None:
 
 
 def test_the_yaml_is_the_quickstart() -> None:
-    shown, overrides, weights, datapath, _ = blocks("yaml")
+    shown, overrides, weights, communication, datapath, _ = blocks("yaml")
     quickstart, pruned = load_config("quickstart").model_dump(), yaml.safe_load(weights)
     training = {**quickstart["training"], **pruned["training"]}
     assert parse_config({**quickstart, **pruned, "training": training})
     assert parse_config({**yaml.safe_load(shown.replace("5e-4", "0.0005")), **yaml.safe_load(overrides)})
     assert parse_config(yaml.safe_load(shown.replace("5e-4", "0.0005"))) == load_config("quickstart")
     assert parse_config({**quickstart, **yaml.safe_load(datapath)})
+    quickstart["training"] |= yaml.safe_load(communication)["training"]
+    assert parse_config(quickstart)
 
 
 def test_the_yaml_of_a_machine_is_one() -> None:

@@ -3,12 +3,16 @@
 from fpsim.config.load import (
     config_hash,
     config_to_yaml,
+    config_with,
+    experiment_tree,
     json_schema,
     load_config,
     load_format,
     load_section,
+    load_tree,
     parse_config,
     parse_emulation,
+    section_of,
 )
 from fpsim.config.presets import Preset, preset_folder, presets
 from fpsim.config.schema import (
@@ -41,13 +45,17 @@ __all__ = [
     "Training",
     "config_hash",
     "config_to_yaml",
+    "config_with",
+    "experiment_tree",
     "json_schema",
     "load_config",
     "load_format",
     "load_section",
+    "load_tree",
     "number_format",
     "parse_config",
     "parse_emulation",
     "preset_folder",
     "presets",
+    "section_of",
 ]

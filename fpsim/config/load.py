@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,10 +81,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_section(section: type[AnySection], path: str | Path, kind: Kind, overrides: Sequence[str] = ()) -> AnySection:
     """A YAML file, or the preset of that kind and name, as a section that builds on no other file. Raises ConfigError
     with every problem found."""
+    return section_of(section, load_tree(path, kind, overrides))
+
+
+def load_tree(path: str | Path, kind: Kind, overrides: Sequence[str] = (), dotted: Sequence[str] = ()) -> Node:
+    """The tree of the same file with the overrides applied, to be validated by `section_of`.
+
+    dotted: keys of the top level with mappings whose own keys have dots: "set.a.b=1" changes the key "a.b" of `set`.
+    Raises ConfigError.
+    """
     tree = read_yaml(_file(path, kind))
     for override in overrides:
-        tree = _overridden(tree, override)
-    return _valid(section, tree)
+        tree = _overridden(tree, override, dotted)
+    return tree
+
+
+def experiment_tree(reference: Node, path: KeyPath) -> Node:
+    """The tree of the experiment that the node at `path` names, from the file that it was written in, or is itself as a
+    mapping; files that it extends are merged. Raises ConfigError."""
+    if isinstance(reference.value, dict):
+        return _with_bases(reference, (), ())
+    file = _find(reference, "experiments", path)
+    return _with_bases(read_yaml(file), (), (file.resolve(),))
+
+
+def config_with(tree: Node, changes: Iterable[tuple[str, Node]]) -> Config:
+    """The configuration of an experiment's tree after replacing the values at dotted keys, in order.
+
+    Raises ConfigError with every problem found, placed where the values were written.
+    """
+    for key, value in changes:
+        tree = _changed(tree, key.split("."), value)
+    return _validated(tree, ())
 
 
 def _file(path: str | Path, kind: Kind) -> Path:
@@ -108,7 +136,7 @@ def load_format(text: str) -> accel.Format | accel.BlockFormat:
     try:
         written = parse_yaml(text, "<format>") if text.startswith("{") else Node(text)
         tree = Node({"format": _with_format(written, ("format",), ())})
-        return number_format(_valid(FormatChoice, tree).format)
+        return number_format(section_of(FormatChoice, tree).format)
     except ConfigError as error:
         problems = [replace(one, path=one.path.removeprefix("format").lstrip(".")) for one in error.problems]
         raise ConfigError(problems) from None
@@ -306,23 +334,32 @@ def _spelled_out(name: str) -> dict[str, object]:
 # --- overrides ------------------------------------------------------------------------------------------------------
 
 
-def _overridden(tree: Node, override: str) -> Node:
-    """`tree` with one "a.b.c=value" applied. Raises ConfigError."""
+def _overridden(tree: Node, override: str, dotted: Sequence[str] = ()) -> Node:
+    """`tree` with one "a.b.c=value" applied; see `load_tree`. Raises ConfigError."""
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
+    if len(parts) > 1 and parts[0] in dotted:
+        parts = [parts[0], ".".join(parts[1:])]
     if not equals or not all(parts):
         raise ConfigError([problem((), f"an override must be key=value (got {shown(override)})", OVERRIDES)])
-    if len(parts) > MAX_DEPTH:
-        raise ConfigError([problem(tuple(parts[:3]), f"nested deeper than {MAX_DEPTH} levels", OVERRIDES)])
-    if parts[0] == "extends":
-        raise ConfigError([problem(("extends",), "can be given only in a file", OVERRIDES)])
-    if any(part.isdecimal() for part in parts):
-        tree = _with_accelerator(tree)
     try:
         value = parse_yaml(text, OVERRIDES.file)
     except ConfigError as error:
         raise ConfigError([problem(tuple(parts), one.message, OVERRIDES) for one in error.problems]) from None
-    return _replaced(tree, (), parts, _placed(value, OVERRIDES))
+    return _changed(tree, parts, _placed(value, OVERRIDES))
+
+
+def _changed(tree: Node, parts: Sequence[str], value: Node) -> Node:
+    """`tree` with the value at `parts` replaced. Raises ConfigError, placed at the key of `value`."""
+    if not all(parts):
+        raise ConfigError([problem(tuple(parts), "a part of the key is empty", value.key_at)])
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError([problem(tuple(parts[:3]), f"nested deeper than {MAX_DEPTH} levels", value.key_at)])
+    if parts[0] == "extends":
+        raise ConfigError([problem(("extends",), "can be given only in a file", value.key_at)])
+    if any(part.isdecimal() for part in parts):
+        tree = _with_accelerator(tree)
+    return _replaced(tree, (), parts, value)
 
 
 def _placed(node: Node, at: Position | None) -> Node:
@@ -344,15 +381,15 @@ def _replaced(node: Node, path: KeyPath, parts: Sequence[str], value: Node) -> N
     if isinstance(node.value, list):
         if part not in map(str, range(len(node.value))):
             message = f"{here} is a list of {len(node.value)}: its indices count from 0 (got {shown(part)})"
-            raise ConfigError([problem((*path, part), message, OVERRIDES)])
+            raise ConfigError([problem((*path, part), message, value.key_at)])
         items = list(node.value)
         items[int(part)] = _replaced(items[int(part)], (*path, int(part)), rest, value)
         return Node(items, node.at, node.key_at)
     if node.value is not None and not isinstance(node.value, dict):
         message = f"{here} is not a mapping (it is {shown(node.value)})"
-        raise ConfigError([problem((*path, part), message, OVERRIDES)])
+        raise ConfigError([problem((*path, part), message, value.key_at)])
     children = node.value or {}
-    below = children.get(part, Node(None, OVERRIDES, OVERRIDES))
+    below = children.get(part, Node(None, value.key_at, value.key_at))
     return Node({**children, part: _replaced(below, (*path, part), rest, value)}, node.at, node.key_at)
 
 
@@ -365,13 +402,13 @@ def _validated(tree: Node, overrides: Sequence[str]) -> Config:
     tree = _with_accelerator(tree)
     if (emulation := child(tree, "emulation")) is not None:
         tree = Node({**tree.value, "emulation": _with_formats(emulation, ("emulation",))}, tree.at, tree.key_at)
-    config = _valid(Config, tree)
+    config = section_of(Config, tree)
     config._source = Source(tree)
     return config
 
 
-def _valid(section: type[AnySection], tree: Node) -> AnySection:
-    """The section that a tree without files describes. Raises ConfigError with every problem found."""
+def section_of(section: type[AnySection], tree: Node) -> AnySection:
+    """The section that a tree which builds on no file describes. Raises ConfigError with every problem found."""
     try:
         return section.model_validate(to_data(tree))
     except ValidationError as error:
@@ -456,7 +493,7 @@ def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyP
     the model that does not have it)."""
     path: KeyPath = ()
     models = [section]
-    is_union = False
+    is_union = is_key = False
     for part in location:
         if is_union and isinstance(part, str):
             names = [(model.__name__, getattr(model.model_fields.get("name"), "default", None)) for model in models]
@@ -464,11 +501,13 @@ def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyP
             is_union = False
             continue
         path = (*path, part)
-        if isinstance(part, int):
+        if isinstance(part, int) or is_key:
+            is_key = False
             continue
-        field = models[0].model_fields.get(part)
+        field = models[0].model_fields.get(part) if models else None
         if field is None:
             break
+        is_key = get_origin(field.annotation) is dict
         options = _options(field.annotation)
         models = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
         is_union = len(options) > 1
@@ -476,10 +515,12 @@ def _walk(section: type[Section], location: tuple[int | str, ...]) -> tuple[KeyP
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The types that a value (or item of a list) may have, None left out."""
+    """The types that a value (or item of a list or mapping) may have, None left out."""
     origin = get_origin(annotation)
     if origin is Annotated or origin is list:
         return _options(get_args(annotation)[0])
+    if origin is dict:
+        return _options(get_args(annotation)[1])
     if origin is Union or origin is UnionType:
         return [option for argument in get_args(annotation) for option in _options(argument)]
     return [] if annotation is NoneType else [annotation]

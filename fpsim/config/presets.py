@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from fpsim.files import packaged_folder
 
-Kind = Literal["experiments", "accelerators", "formats", "figures"]
+Kind = Literal["experiments", "accelerators", "formats", "figures", "sweeps"]
 
 
 class Preset(NamedTuple):
@@ -33,7 +33,7 @@ def preset_files(kind: Kind) -> dict[str, Path]:
 
 def presets() -> list[Preset]:
     """Every preset that comes with fpsim, experiments first."""
-    kinds: tuple[Kind, ...] = ("experiments", "accelerators", "formats", "figures")
+    kinds: tuple[Kind, ...] = ("experiments", "accelerators", "formats", "figures", "sweeps")
     return [Preset(kind, name, path, _summary(path)) for kind in kinds for name, path in preset_files(kind).items()]
 
 

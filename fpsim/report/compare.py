@@ -24,8 +24,8 @@ def comparison(results: Sequence[Results]) -> dict[str, Any]:
 
     `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
     measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
-    in percent (weighted by elements), `weight_pruning` (as in results.json), `gradient_bits` and `gradients` (one entry
-    per layer), `tensors`, `history`.
+    in percent (weighted by elements), `weight_pruning`, `communication`, `notes` (as in results.json), `gradient_bits`
+    and `gradients` (one entry per layer), `tensors`, `history`.
     What a run does not have is None.
     """
     labels = _labels(results)
@@ -52,6 +52,8 @@ def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs
         },
         "sparsity": {key: _mean(pruned, key) for key in SPARSITIES},
         "weight_pruning": result.get("weight_pruning"),
+        "communication": result.get("communication"),
+        "notes": result.get("notes", []),
         "gradient_bits": _mean(gradients, "bits_per_element"),
         "pruned_gradient_bits": _mean(pruned, "bits_per_element"),
         "pruned_tag_entropy": _mean(pruned, "tag_entropy"),

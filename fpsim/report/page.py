@@ -27,7 +27,7 @@ def render_html(comparison: dict[str, Any]) -> str:
         runs_table=tables.runs_table(comparison),
         accuracy=Markup(plots.accuracy_svg(runs)),
         sections=[_section(run, f"run{index}") for index, run in enumerate(emulated)],
-        baseline_notes=[tables.baseline_note(run) for run in emulated],
+        notes=[*(tables.baseline_note(run) for run in emulated), *tables.run_notes(comparison)],
         ledger_note=tables.ledger_note(comparison),
     )
 

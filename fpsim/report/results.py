@@ -167,6 +167,17 @@ class PrunedWeights(TypedDict):
     log2_snr: NotRequired[SnrHistogram]
 
 
+class Communication(TypedDict):
+    """What each of several ranks sent of its weight gradients, and what float32 would have sent: bytes a step, counted
+    on the streams. codec: None for float32."""
+
+    ranks: int
+    format: str
+    codec: str | None
+    sent_bytes_per_step: float
+    float32_bytes_per_step: float
+
+
 @with_config({"strict": True})
 class Results(TypedDict):
     """The whole of results.json, schema version 1; a run that did not complete may lack its accuracy."""
@@ -191,6 +202,8 @@ class Results(TypedDict):
     gradient_formats: NotRequired[list[GradientFormat]]
     weight_pruning: NotRequired[PrunedWeights | None]
     ledger: LedgerSummary
+    communication: NotRequired[Communication | None]
+    notes: NotRequired[list[str]]
     environment: dict[str, Any]
 
 
@@ -214,6 +227,12 @@ def load_results(run_dir: Path) -> Results:
         raise _error(file, f"cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise _error(file, f"not valid JSON: {error}") from error
+    return checked_results(data, file)
+
+
+def checked_results(data: Any, file: Path) -> Results:
+    """The content of a results.json, read from `file`. Raises ConfigError where it lacks a field or holds a wrong one,
+    or has another schema version than this fpsim reads."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise _error(file, f"expected schema_version {SCHEMA_VERSION}, got {version!r}", "schema_version")

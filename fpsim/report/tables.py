@@ -57,11 +57,40 @@ def runs_table(comparison: dict[str, Any]) -> Table:
         ("wall time (s)", lambda run: number(run["wall_seconds"], 1)),
     ]
     runs = comparison["runs"]
+    if any(run["communication"] for run in runs):
+        rows += [
+            ("ranks", lambda run: str((run["communication"] or {"ranks": 1})["ranks"])),
+            ("weight gradients sent as", _sent_as),
+            ("sent by a rank per step (KiB)", lambda run: number(_sent(run), 1)),
+            ("float32 / sent", lambda run: number(_float32_over_sent(run))),
+        ]
     return Table(
         title="Runs",
         header=("", *(run["label"] for run in runs)),
         rows=tuple((title, *(cell(run) for run in runs)) for title, cell in rows),
         wraps=True,
+    )
+
+
+def run_notes(comparison: dict[str, Any]) -> list[str]:
+    """What a reader of the numbers must know of each run."""
+    return [f"{run['label']}: {note}." for run in comparison["runs"] for note in run["notes"]]
+
+
+def _sent_as(run: dict[str, Any]) -> str:
+    told = run["communication"]
+    return ABSENT if told is None else ", ".join(part for part in (told["format"], told["codec"]) if part)
+
+
+def _sent(run: dict[str, Any]) -> float | None:
+    told = run["communication"]
+    return None if told is None else told["sent_bytes_per_step"] / 1024
+
+
+def _float32_over_sent(run: dict[str, Any]) -> float | None:
+    told = run["communication"]
+    return (
+        told["float32_bytes_per_step"] / told["sent_bytes_per_step"] if told and told["sent_bytes_per_step"] else None
     )
 
 

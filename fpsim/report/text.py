@@ -26,6 +26,8 @@ def render_text(comparison: dict[str, Any], width: int, color: bool) -> str:
     _print(console, tables.runs_table(comparison), width)
     for run in emulated:
         console.print(tables.baseline_note(run))
+    for told in tables.run_notes(comparison):
+        console.print(told)
     for run in emulated:
         console.print(f"\n{run['label']}", style="bold")
         for table in (tables.footprint_table(run), *tables.traffic_tables(run), tables.gradients_table(run)):

@@ -19,7 +19,19 @@ from fpsim.report import load_results
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
-VERBS = ["run", "resume", "doctor", "report", "validate", "schema", "presets", "formats", "conformance", "bench"]
+VERBS = [
+    "run",
+    "resume",
+    "sweep",
+    "doctor",
+    "report",
+    "validate",
+    "schema",
+    "presets",
+    "formats",
+    "conformance",
+    "bench",
+]
 CONFIG = """\
 name: tiny
 threads: 1
@@ -452,16 +464,16 @@ def test_light_verbs_import_nothing_heavy() -> None:
     script = """
 import sys
 from fpsim import cli
-for arguments in (["--help"], ["run", "--help"], ["presets"], ["run", "nothing-of-the-kind"]):
+for arguments in (["--help"], ["run", "--help"], ["sweep", "--help"], ["presets"], ["run", "nothing-of-the-kind"]):
     sys.argv = ["fpsim", *arguments]
     try:
         cli.main()
     except SystemExit:
         pass
-    heavy = {"torch", "numba", "numpy", "scipy", "matplotlib", "accel", "models"} & set(sys.modules)
+    heavy = {"torch", "numba", "numpy", "scipy", "matplotlib", "accel", "models", "dask"} & set(sys.modules)
     print("HEAVY", arguments, sorted(heavy))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     found = [line for line in done.stdout.splitlines() if line.startswith("HEAVY")]
-    assert len(found) == 4
+    assert len(found) == 5
     assert [line for line in found if not line.endswith(" []")] == []
