@@ -26,6 +26,7 @@ from fpsim import checkpoint, data, run_directory, runner
 from fpsim.config import load_config, parse_config
 from fpsim.emulation import NonFiniteError
 from fpsim.errors import ConfigError, FpsimError, RunError
+from fpsim.ranks import Ranks
 from fpsim.report import load_results
 from fpsim.runner import resume, run
 from fpsim.session import Session
@@ -371,7 +372,7 @@ def test_stopped_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytes
     received: list[str] = []
 
     @contextmanager
-    def signals() -> Iterator[list[str]]:
+    def signals(ranks: Ranks) -> Iterator[list[str]]:
         yield received
 
     train_step = runner._train_step
