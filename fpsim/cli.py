@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -409,6 +410,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if os.environ.get("FPSIM_TRACEBACK"):
+        traceback.print_exc()
     print(f"fpsim: {message}" if code == 1 else message, file=sys.stderr)
     sys.exit(code)
 

@@ -22,6 +22,7 @@ from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.files import write_json, write_text
+from fpsim.own import modules_of
 from fpsim.run_directory import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -70,7 +71,7 @@ def run(
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
     session = Session(config, new_directory(config, run_dir), quiet)
-    with begun(session.folder, config, environment()):
+    with begun(session.folder, config, {**environment(), "modules": modules_of(config)}):
         return _train(session, "started")
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save as save_safetensors
 
-import models
-from fpsim import checkpoint, data
+from fpsim import checkpoint
 from fpsim.config import Config
 from fpsim.config.schema import Emulation, Ledger
 from fpsim.emulation import Emulator, emulate
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.files import write_bytes
 from fpsim.layers import PatternError
+from fpsim.own import build_model, load_data
 from fpsim.progress import Progress
 from fpsim.run_directory import (
     GRADIENTS_FILE,
@@ -54,11 +54,7 @@ class Session:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        try:
-            self.dataset = data.load(config.data, config.seed)
-        except data.DataError as error:
-            key = next((f"data.{key}" for key in ("root", "path") if hasattr(config.data, key)), "data")
-            raise config.problem(key, str(error)) from error
+        self.dataset = load_data(config)
         self.steps_per_epoch = len(self.dataset.train) // config.training.batch_size
         if self.steps_per_epoch == 0:
             raise config.problem(
@@ -66,13 +62,7 @@ class Session:
                 f"larger than the training set of {len(self.dataset.train)} (got {config.training.batch_size})",
             )
         self.total_steps = self.steps_per_epoch * config.training.epochs
-        options = config.model.model_dump(exclude={"name"})
-        try:
-            self.model = models.build(
-                config.model.name, input_shape=self.dataset.input_shape, classes=self.dataset.classes, **options
-            )
-        except ValueError as error:
-            raise config.problem("model", str(error)) from error
+        self.model = build_model(config, self.dataset.input_shape, self.dataset.classes)
         self.model.train()
         self.optimizer = build_optimizer(config.training.optimizer, self.model)
         self.emulator = self._emulate()
