@@ -8,6 +8,7 @@ runs/<name>/<UTC time>-<config hash>/
     weights.jsonl    what every renewal of the weights' masks did
     gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.jsonl        what happened                      checkpoints/step-N/
+    tensorboard/     event files, where they are wanted
     results.json     what `fpsim report` reads          .lock   held by the process that writes here
 """
 

@@ -21,6 +21,7 @@ from fpsim import checkpoint
 from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import NonFiniteError, RunError
+from fpsim.event_files import EventFiles, check_installed, event_files
 from fpsim.files import write_json, write_text
 from fpsim.own import modules_of
 from fpsim.run_directory import (
@@ -70,6 +71,7 @@ def run(
         config = load_config(config, overrides)
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
+    check_installed(config)
     session = Session(config, new_directory(config, run_dir), quiet)
     with begun(session.folder, config, {**environment(), "modules": modules_of(config)}):
         return _train(session, "started")
@@ -111,11 +113,11 @@ def _session_of(folder: Path, quiet: bool) -> Session:
 def _train(session: Session, begun_as: str) -> RunResult:
     """Raises RunError, with how to go on, for a run that cannot."""
     folder = session.folder
-    with _stop_signals() as stopped, session.progress:
+    with _stop_signals() as stopped, session.progress, event_files(session) as events:
         log(folder, begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
         try:
-            _train_steps(session, stopped)
+            _train_steps(session, stopped, events)
             results = _results(session)
             write_json(folder / RESULTS_FILE, results)
             _write_tables(folder)
@@ -138,19 +140,25 @@ def _train(session: Session, begun_as: str) -> RunResult:
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
-def _train_steps(session: Session, stopped: list[str]) -> None:
+def _train_steps(session: Session, stopped: list[str], events: EventFiles | None) -> None:
     """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
     folder, spec = session.folder / "checkpoints", session.config.training.checkpoint
     while session.step < session.total_steps:
         row = _train_step(session)
         append(session.folder / METRICS_FILE, [row])
+        if events is not None:
+            events.step(row)
         epoch_ended = session.step % session.steps_per_epoch == 0
         if epoch_ended:
             end = _end_epoch(session, row)
             append(session.folder / METRICS_FILE, [end])
+            if events is not None:
+                events.epoch(end)
             session.progress.epoch(end)
             log(session.folder, "epoch", **{key: value for key, value in end.items() if key != "kind"})
         if stopped or epoch_ended or session.step % spec.every_steps == 0:
+            if events is not None:
+                events.flush()
             session.save(folder)
             session.save_samples()
             checkpoint.prune(folder, spec.keep)

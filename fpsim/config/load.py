@@ -55,7 +55,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 MAX_CHAIN = 16
 MAC_FORMATS = ("accumulator", "a", "b", "product", "outer")  # keys of a multiply-accumulate unit that are formats
-NO_RESULTS = ("output", "threads")  # keys that change neither results nor name
+NO_RESULTS = ("output", "threads", "tensorboard")  # keys that change neither results nor name
 
 # Keys that name files to build on; they are resolved away before validation.
 BASE_KEYS: dict[KeyPath, tuple[str, Kind]] = {

@@ -1071,6 +1071,9 @@ class Config(Section):
     """Folder for run directories, relative to the current directory."""
     threads: PositiveInt | None = None
     """CPU threads of torch; null for its default."""
+    tensorboard: bool = False
+    """Whether the run writes event files for TensorBoard into its folder `tensorboard`: scalars at every step, those of
+    layers and histograms when the ledger counts."""
     data: Annotated[Data, _ByName()]
     """What is learned."""
     model: Annotated[Model, _ByName()]
