@@ -9,6 +9,7 @@ counts a step         activation and weight; bias and cosine of the pruned gradi
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ def event_files(session: Session) -> Iterator[EventFiles | None]:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = session.folder / FOLDER
+    while list(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)  # files are read in the order of their names, which count seconds
     with SummaryWriter(str(folder), purge_step=session.step + 1 if folder.exists() else None) as writer:
         yield EventFiles(writer, session.emulator)
 
