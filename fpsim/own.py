@@ -27,8 +27,8 @@ from fpsim import data
 from fpsim.config import Config
 from fpsim.config.schema import Own, OwnData, OwnModel
 from fpsim.errors import ConfigError
+from fpsim.run_directory import CONFIG_FILE, ENVIRONMENT_FILE
 
-ENVIRONMENT_FILE = "env.json"  # of a run, beside its config.yaml
 LIBRARIES = ("<frozen ", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 
 
@@ -143,7 +143,7 @@ def _make_importable(config: Config, key: str, name: str) -> None:
 
 def _noted(file: Path | None, name: str) -> dict[str, str] | None:
     """Where the run whose configuration the file is found a module; None where it is not one's, or says nothing."""
-    if file is None:
+    if file is None or file.name != CONFIG_FILE:
         return None
     try:
         environment = json.loads(file.with_name(ENVIRONMENT_FILE).read_text(encoding="utf-8"))

@@ -27,6 +27,7 @@ from fpsim.integrations.attachment import Attachment, digest
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import has_length
 except ImportError as error:
     raise ImportError(
         "fpsim.integrations.huggingface needs transformers and accelerate: pip install 'fpsim[transformers]'"
@@ -69,7 +70,7 @@ class EmulationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
     ) -> None:
         model, optimizer, loader = rest["model"], rest["optimizer"], rest["train_dataloader"]
-        steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if hasattr(loader, "__len__") else None
+        steps = math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else None
         self._attachment.attach(model, getattr(optimizer, "optimizer", optimizer), steps)
         self._epoch = None
         if state.global_step:
