@@ -99,31 +99,33 @@ def _built(config: Config, key: str, given: dict[str, Any], kind: type, what: st
 
 def _function(config: Config, key: str) -> Callable[..., Any]:
     name, _, path = getattr(config, key).name.partition(":")
-    _make_importable(config, key, name)
+    noted = _noted(config.file_of(f"{key}.name"), name)
+    _make_importable(config, key, name, [] if noted is None else [Path(noted["folder"])])
     try:
         found: Any = importlib.import_module(name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise config.problem(f"{key}.name", f"no module named {error.name!r}") from error
         raise _raised(config, key, f"{name} cannot be imported:", error) from error
+    if noted is not None and (now := _about(name))["sha256"] != noted["sha256"]:
+        print(f"fpsim: warning: {now['file']} is not what it was when the run was begun", file=sys.stderr)
+    where = name
     for part in path.split("."):
         if not hasattr(found, part):
-            near = get_close_matches(part, vars(found), n=1)
+            near = get_close_matches(part, dir(found), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise config.problem(f"{key}.name", f"{found.__name__} has no attribute {part!r}{hint}")
-        found = getattr(found, part)
+            raise config.problem(f"{key}.name", f"{where} has no attribute {part!r}{hint}")
+        found, where = getattr(found, part), f"{where}.{part}"
     if not callable(found):
         raise config.problem(f"{key}.name", f"{name}:{path} is {_a(found)}, not a function")
     return found
 
 
-def _make_importable(config: Config, key: str, name: str) -> None:
-    """Put the folders of the user's modules on the path. Raises ConfigError where another module has the name."""
+def _make_importable(config: Config, key: str, name: str, folders: list[Path]) -> None:
+    """Put the folders, the configuration's, and the current one first on the path. Raises ConfigError where a module
+    that lies there has the name of another one that is in use."""
     file = config.file_of(f"{key}.name")
-    folders = [Path.cwd()] if file is None else [file.parent.absolute(), Path.cwd()]
-    noted = _noted(file, name)
-    if noted is not None:
-        folders.insert(0, Path(noted["folder"]))
+    folders = [*folders, *([] if file is None else [file.parent.absolute()]), Path.cwd()]
     for folder in reversed(folders):
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
@@ -135,10 +137,6 @@ def _make_importable(config: Config, key: str, name: str) -> None:
     if meant is not None and loaded is not None and not os.path.samefile(meant, loaded):
         message = f"{meant} cannot be imported: another module {package!r} is in use, {loaded}"
         raise config.problem(f"{key}.name", message)
-    if noted is not None and Path(noted["file"]).is_file():
-        now = hashlib.sha256(Path(noted["file"]).read_bytes()).hexdigest()
-        if now != noted["sha256"]:
-            print(f"fpsim: warning: {noted['file']} is not what it was when the run was begun", file=sys.stderr)
 
 
 def _noted(file: Path | None, name: str) -> dict[str, str] | None:
@@ -169,7 +167,7 @@ def _check_options(config: Config, key: str, signature: inspect.Signature, optio
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise config.problem(key, f"{name} has a {error}".replace("a missing a", "a missing")) from error
+        raise config.problem(key, f"{name}: {error}") from error
 
 
 def _raised(config: Config, key: str, what: str, error: Exception) -> ConfigError:

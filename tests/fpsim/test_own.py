@@ -157,6 +157,7 @@ def test_a_resumed_run_warns_of_a_module_that_changed(folder: Path, capsys: pyte
     done = run(folder / "own.yaml", "run", quiet=True)
     resume(done.run_dir, quiet=True)
     assert capsys.readouterr().err == ""
+    del sys.modules["own_data"]
     with (folder / "own_data.py").open("a") as file:
         file.write("# another version\n")
     resume(done.run_dir, quiet=True)
@@ -191,6 +192,7 @@ def test_round_trip_and_hash(folder: Path) -> None:
             "model.name=own_nets.small:biuld",
             "<overrides>: model.name: own_nets.small has no attribute 'biuld'; did you mean 'build'?",
         ),
+        ("model.name=own_nets.small:TABLE.b", "<overrides>: model.name: own_nets.small.TABLE has no attribute 'b'"),
         ("model.name=own_nets.small:TABLE", "<overrides>: model.name: own_nets.small:TABLE is a dict, not a function"),
         (
             "model={name: own_nets.small:as_mapping}",
@@ -199,7 +201,7 @@ def test_round_trip_and_hash(folder: Path) -> None:
         ("model.widht=3", "<overrides>: model.widht: unknown option of own_nets.small:build; did you mean 'width'?"),
         (
             "model={name: own_nets.small:needs_depth}",
-            "<overrides>: model: own_nets.small:needs_depth has a missing required argument: 'depth'",
+            "<overrides>: model: own_nets.small:needs_depth: missing a required argument: 'depth'",
         ),
         (
             "model={name: own_nets.small:without_classes}",
