@@ -127,6 +127,8 @@ class Session:
         Those that are damaged are set aside, with a warning. Raises RunError where none of several is whole.
         """
         checkpoint.clean(self.folder / "checkpoints")
+        for path in self.folder.glob(".*.tmp"):  # of a kill in the middle of a write
+            path.unlink()
         saved, damaged = checkpoint.newest_whole(self.folder)
         for path, reason in damaged:
             aside = checkpoint.set_aside(path)
