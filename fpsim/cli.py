@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -506,6 +507,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    if os.environ.get("FPSIM_TRACEBACK"):
+        traceback.print_exc()
     rank = "" if os.environ.get("RANK", "0") == "0" or not _is_rank() else f"rank {os.environ['RANK']}: "
     print(f"fpsim: {rank}{message}" if code == 1 else f"{rank}{message}", file=sys.stderr)
     sys.exit(code)

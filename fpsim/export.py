@@ -20,7 +20,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 import accel
-import models
 from fpsim import checkpoint
 from fpsim.config import Config, load_config, load_format
 from fpsim.config.schema import Emulation
@@ -28,6 +27,7 @@ from fpsim.console import print_table
 from fpsim.emulation import EncodedWeight, emulate
 from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes, write_json
+from fpsim.own import build_model
 from fpsim.packed_model import load_state, pack_weight, save_packed
 from fpsim.run_directory import CONFIG_FILE, run_folder
 from fpsim.training import build_optimizer
@@ -108,9 +108,8 @@ def _weights_of(config: Config, folder: Path) -> tuple[dict[str, Any], dict[str,
         shape, classes, steps = tuple(about["input_shape"]), about["classes"], about["steps_per_epoch"]
     except KeyError as error:
         raise RunError(f"{saved}: was written by an earlier fpsim, it lacks {error}") from None
-    options = config.model.model_dump(exclude={"name"})
     with torch.random.fork_rng():
-        model = models.build(config.model.name, input_shape=shape, classes=classes, **options).eval()
+        model = build_model(config, shape, classes).eval()
         optimizer = build_optimizer(config.training.optimizer, model)
         state, tensors = checkpoint.load(saved, model, optimizer)
     handle = emulate(model, config.emulation or Emulation(), seed=config.seed, steps_per_epoch=steps)

@@ -245,9 +245,14 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
     return x.ndim - 1 - (len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else 0)
 
 
+def is_turned_linear(module: nn.Module) -> bool:
+    """Whether a layer is a Conv1D of transformers, as in GPT-2: x W + b, where a weight has a row for each input."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
 def output_dim(module: nn.Module) -> int:
     """The dimension of a layer's weight that counts its outputs."""
-    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) or is_turned_linear(module) else 0
 
 
 def input_dim(module: nn.Module) -> int:

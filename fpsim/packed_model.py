@@ -14,8 +14,9 @@ bits a further scale, the scales of blocks; the names and shapes that safetensor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def save_packed(
 ) -> None:
     """Write the file, whole or not at all. weights, others: by key of the state dict, all of it together.
 
-    model: the name, options, input_shape and classes that `models.build` takes; None where something else builds it.
+    model: the name, options, input_shape and classes that `models.build`, or the function of an import path, takes;
+    None where something else builds it.
     """
     tensors = {f"{key}{suffix}": tensor for key, parts in weights.items() for suffix, tensor in parts.tensors.items()}
     tensors |= own(others)
@@ -114,17 +116,23 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return _read(Path(path))[1]
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path, build: Callable[..., nn.Module] | None = None) -> nn.Module:
     """The model in a file of `fpsim export`: a plain module, on the CPU, in evaluation mode, its weights as exported.
 
-    Raises RunError as `load_state` does, and for weights without a model.
+    build: the function that the run's configuration names by its import path. A file never decides what is imported.
+    Raises RunError as `load_state` does, for weights without a model, and where `build` is needed or is not.
     """
     about, state = _read(Path(path))
     if about["model"] is None:
         raise RunError(f"{path}: holds the weights of a model that is not of this package: take load_state")
     try:
         options = dict(about["model"])
-        built = models.build(options.pop("name"), **{**options, "input_shape": tuple(options["input_shape"])})
+        name, shape = options.pop("name"), tuple(options.pop("input_shape"))
+        if (":" in name) != (build is not None):
+            what = "is of this package: leave out build" if build is not None else f"is of {name}: give it as build"
+            raise RunError(f"{path}: its model {what}")
+        function = partial(models.build, name) if build is None else build
+        built = function(input_shape=shape, **options)
         built.load_state_dict(state)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise RunError(f"{path}: its model cannot be built: {error}") from error

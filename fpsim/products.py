@@ -72,7 +72,8 @@ AS_IT_IS = Operand()
 @dataclass
 class LayerProduct:
     """What a layer does with its weight in one call, in all three passes: y = x * w, for a transposed convolution
-    turned round. spatial: size of the side that the kernel moves over. gradient: of dY, once that has arrived."""
+    turned round, as for x @ w itself, which is only counted. spatial: size of the side that the kernel moves over.
+    gradient: of dY, once that has arrived."""
 
     layer: str
     conv: Convolution
@@ -254,6 +255,8 @@ class LayerCall:
             spatial = tuple(x.shape[x.ndim - len(conv.stride) :])
         elif func in TRANSPOSED:
             x, w, bias, conv, spatial, output_padding = _transposed_arguments(TRANSPOSED[func], *args, **named)
+        elif func is torch.addmm and len(args) == 3 and not named:
+            (bias, x, w), conv = args, Convolution()
         else:
             return func(*args, **named)
         is_emulated = self.datapath != Datapath()
@@ -263,7 +266,8 @@ class LayerCall:
             return func(*args, **named)
         if w is not self.weight:
             return func(*args, **named)
-        product = LayerProduct(self.layer, conv, func in TRANSPOSED, spatial, self.datapath, self.words, self.x, self.w)
+        is_transposed = func in TRANSPOSED or func is torch.addmm
+        product = LayerProduct(self.layer, conv, is_transposed, spatial, self.datapath, self.words, self.x, self.w)
         if is_emulated:
             y = _LayerFunction.apply(x, w, product)
             y = y if bias is None else y + bias.view(-1, *[1] * len(spatial))

@@ -8,6 +8,7 @@ runs/<name>/<UTC time>-<config hash>/
     weights.jsonl    what every renewal of the weights' masks did
     gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
     log.jsonl        what happened                      checkpoints/step-N/
+    tensorboard/     event files, where they are wanted
     results.json     what `fpsim report` reads          .lock   held by the process that writes here
     failed/step-N/   the state of a run that met a NaN, and the tensor: not_finite.safetensors
     profile.json     of `fpsim run --profile`: where the time of a step goes     trace.json   the same for Perfetto

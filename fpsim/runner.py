@@ -20,8 +20,10 @@ from fpsim import checkpoint
 from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
+from fpsim.event_files import EventFiles, check_installed, event_files
 from fpsim.files import write_json, write_text
 from fpsim.not_finite import not_finite_in_evaluation, save_failed
+from fpsim.own import modules_of
 from fpsim.profile import StepProfiler
 from fpsim.ranges import END, OPTIMIZER, span
 from fpsim.ranks import ALONE, Ranks, is_lost, joined
@@ -76,12 +78,13 @@ def run(
         with ranks.together():
             folder = new_directory(config, run_dir) if ranks.is_first else Path(run_dir or config.output)
             config.check_parts(ranks.count)
+            check_installed(config)
             session = Session(config, folder, quiet, ranks)
             profiler = StepProfiler(folder, session.total_steps) if profile and ranks.is_first else None
         with ranks.together():
             if ranks.is_first:
-                is_given = run_dir is not None
-                stack.enter_context(begun(folder, config, environment(ranks.count), is_given=is_given))
+                noted = {**environment(ranks.count), "modules": modules_of(config)}
+                stack.enter_context(begun(folder, config, noted, is_given=run_dir is not None))
         session.exchange.connect()
         return _train(session, "started", profiler)
 
@@ -128,13 +131,18 @@ def _session_of(folder: Path, quiet: bool, ranks: Ranks) -> Session:
 def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None) -> RunResult:
     """Raises RunError, with how to go on, for a run that cannot; on ranks beyond the first ToldError, where all end."""
     folder, ranks = session.folder, session.ranks
-    with _stop_signals(ranks) as stopped, session.progress, profiler or nullcontext():
+    with (
+        _stop_signals(ranks) as stopped,
+        session.progress,
+        event_files(session) as events,
+        profiler or nullcontext(),
+    ):
         session.log(begun_as, step=session.step, total_steps=session.total_steps, data=session.dataset.description)
         session.progress.note(f"{folder}: {session.dataset.description}")
         for note in session.notes:
             session.progress.note(f"note: {note}")
         try:
-            _train_steps(session, stopped, profiler)
+            _train_steps(session, stopped, events, profiler)
             results = _results(session)
             if ranks.is_first:
                 write_json(folder / RESULTS_FILE, results)
@@ -159,21 +167,29 @@ def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None
     return RunResult(results["test_accuracy_percent"], results, session.emulator.ledger, folder, *paths)
 
 
-def _train_steps(session: Session, stopped: list[str], profiler: StepProfiler | None) -> None:
+def _train_steps(
+    session: Session, stopped: list[str], events: EventFiles | None, profiler: StepProfiler | None
+) -> None:
     """All steps from the session's on, with metrics, evaluation and checkpoints. RunError when a signal stops it."""
     folder, spec, ranks = session.folder / "checkpoints", session.config.training.checkpoint, session.ranks
     while session.step < session.total_steps:
         with nullcontext() if profiler is None else profiler.step():
             row = _train_step(session)
         session.append(METRICS_FILE, [row])
+        if events is not None:
+            events.step(row)
         epoch_ended = session.step % session.steps_per_epoch == 0
         if epoch_ended:
             end = _end_epoch(session, row)
             session.append(METRICS_FILE, [end])
+            if events is not None:
+                events.epoch(end)
             session.progress.epoch(end)
             session.log("epoch", **{key: value for key, value in end.items() if key != "kind"})
         (stops,) = ranks.totals(len(stopped))
         if stops or epoch_ended or session.step % spec.every_steps == 0:
+            if events is not None:
+                events.flush()
             session.save(folder)
             session.save_samples()
             if ranks.is_first:

@@ -17,8 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 import accel
-import models
-from fpsim import checkpoint, data
+from fpsim import checkpoint
 from fpsim.config import Config
 from fpsim.config.schema import Emulation, Ledger
 from fpsim.emulation import Emulator, emulate
@@ -26,6 +25,7 @@ from fpsim.errors import NonFiniteError, RunError
 from fpsim.exchange import Exchange
 from fpsim.files import write_bytes
 from fpsim.layers import PatternError
+from fpsim.own import build_model, load_data
 from fpsim.progress import Progress
 from fpsim.ranges import BACKWARD, DATA, FORWARD, span
 from fpsim.ranks import ALONE, Ranks
@@ -67,11 +67,7 @@ class Session:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
-        try:
-            self.dataset = data.load(config.data, config.seed)
-        except data.DataError as error:
-            key = next((f"data.{key}" for key in ("root", "path") if hasattr(config.data, key)), "data")
-            raise config.problem(key, str(error)) from error
+        self.dataset = load_data(config)
         self.steps_per_epoch = len(self.dataset.train) // config.training.batch_size
         if self.steps_per_epoch == 0:
             raise config.problem(
@@ -79,15 +75,7 @@ class Session:
                 f"larger than the training set of {len(self.dataset.train)} (got {config.training.batch_size})",
             )
         self.total_steps = self.steps_per_epoch * config.training.epochs
-        options = config.model.model_dump(exclude={"name"})
-        try:
-            self.model = models.build(
-                config.model.name, input_shape=self.dataset.input_shape, classes=self.dataset.classes, **options
-            )
-        except ValueError as error:
-            raise config.problem("model", str(error)) from error
-        except RuntimeError as error:  # PyTorch's, for a tensor that is larger than the memory
-            raise config.problem("model", f"cannot be built: {str(error).splitlines()[0]}") from error
+        self.model = build_model(config, self.dataset.input_shape, self.dataset.classes)
         self.model.train()
         if ranks.number:  # rank 0 goes on with the numbers that a rank alone would draw
             torch.manual_seed(generator(config.seed, "rank", ranks.number).initial_seed())
@@ -215,6 +203,8 @@ class Session:
     def _tidy(self) -> None:
         """Leave the run directory as its newest whole checkpoint wants it."""
         checkpoint.clean(self.folder / "checkpoints")
+        for path in self.folder.glob(".*.tmp"):  # of a kill in the middle of a write
+            path.unlink()
         saved, damaged = checkpoint.newest_whole(self.folder)
         for path, reason in damaged:
             aside = checkpoint.set_aside(path)
@@ -274,10 +264,10 @@ def forward_and_backward(session: Session) -> tuple[float, int, int]:
     if position == 0:
         emulator.next_epoch()
         session.epoch_loss, session.epoch_correct = 0.0, 0
-    chosen = None if ranks.count == 1 else torch.arange(batch).view(parts, ranks.count, -1)[:, ranks.number].flatten()
+    own = [torch.arange(batch).view(parts, ranks.count, -1)[:, ranks.number].flatten()] if ranks.count > 1 else []
     with span(DATA):
         indices = data_order(config.seed, epoch, len(session.dataset.train))[position * batch : (position + 1) * batch]
-        inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step), chosen)
+        inputs, labels = session.dataset.train.batch(indices, generator(config.seed, "augment", step), *own)
     session.optimizer.zero_grad()
     loss_value, correct = 0.0, 0
     for number, (some, some_labels) in enumerate(zip(inputs.chunk(parts), labels.chunk(parts), strict=True), start=1):

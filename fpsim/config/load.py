@@ -23,6 +23,8 @@ from fpsim.config.schema import (
     Emulation,
     FormatChoice,
     FormatSpec,
+    OwnData,
+    OwnModel,
     Section,
     Source,
     known_format,
@@ -30,6 +32,7 @@ from fpsim.config.schema import (
 )
 from fpsim.config.tree import (
     MAX_DEPTH,
+    OVERRIDES,
     Node,
     Position,
     child,
@@ -52,7 +55,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 MAX_CHAIN = 16
 MAC_FORMATS = ("accumulator", "a", "b", "product", "outer")  # keys of a multiply-accumulate unit that are formats
-OVERRIDES = Position("<overrides>")
+NO_RESULTS = ("output", "threads", "tensorboard")  # keys that change neither results nor name
 
 # Keys that name files to build on; they are resolved away before validation.
 BASE_KEYS: dict[KeyPath, tuple[str, Kind]] = {
@@ -159,7 +162,7 @@ def config_to_yaml(config: Config) -> str:
 
 def config_hash(config: Config) -> str:
     """8 hex digits of the SHA-256 of everything that can change a run's results or its name."""
-    data = config.model_dump(mode="json", exclude={"output": True, "threads": True, "emulation": {"machine"}})
+    data = config.model_dump(mode="json", exclude={**dict.fromkeys(NO_RESULTS, True), "emulation": {"machine"}})
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:8]
 
 
@@ -179,6 +182,8 @@ def json_schema() -> dict[str, Any]:
     emulation["machine"] = {key: emulation["machine"][key] for key in ("description", "default")} | described
     required = schema["required"]
     _relax(schema)
+    for own in (OwnData, OwnModel):  # which take any key, and are told by their name
+        schema["$defs"][own.__name__]["required"] = ["name"]
     formats = [{"$ref": f"#/$defs/{section.__name__}"} for section in (FormatSpec, BlockFormatSpec)]
     for section in (FormatSpec, BlockFormatSpec):
         base = {"anyOf": [{"type": "string"}, *formats, {"type": "null"}], "description": _BASE_FORMAT}
@@ -426,6 +431,8 @@ def _problem(section: type[Section], tree: Node, error: ErrorDetails) -> Problem
         base_keys += ["base"] if models[0] in (FormatSpec, BlockFormatSpec) else []
         message = "unknown key" + _suggestion(path[-1], [*models[0].model_fields, *base_keys])
         return problem_in(tree, path, message, at_key=True)
+    if kind == "union_tag_not_found" and not isinstance(given, Mapping):
+        return problem_in(tree, path, f"must be a mapping (got {shown(given)})")
     if kind in {"missing", "union_tag_not_found"}:
         path = path if kind == "missing" else (*path, "name")
         return problem_in(tree, path, "missing; this key is required")

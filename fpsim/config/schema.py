@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
     PrivateAttr,
     Tag,
     WithJsonSchema,
@@ -23,10 +25,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from fpsim.config.presets import preset_files
-from fpsim.config.tree import Node, Path, problem_in, shown
+from fpsim.config.tree import OVERRIDES, Node, problem_in, shown
+from fpsim.config.tree import Path as KeyPath
 from fpsim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class Section(BaseModel):
     )
 
 
-def _error_at(key: str | Path, message: str) -> PydanticCustomError:
+def _error_at(key: str | KeyPath, message: str) -> PydanticCustomError:
     """An error of a whole section, to be placed at one of its keys (dotted or a path when deeper)."""
     return PydanticCustomError("section", "{message}", {"at": key, "message": message})
 
@@ -72,6 +75,58 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Epochs = Annotated[float, Field(ge=0, le=1e9)]
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 PositiveFactor = Annotated[float, Field(gt=0, le=1e6)]
+
+
+# --- what a user's own module builds ------------------------------------------------------------------------------
+
+
+OWN = "module:function"  # the tag of a section whose name is an import path
+_IMPORT_PATH = r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*"
+
+
+def _import_path(name: str) -> str:
+    if re.fullmatch(_IMPORT_PATH, name) is None:
+        raise ValueError(f"must be {OWN}, such as my.networks:build (got {name!r})")
+    return name
+
+
+ImportPath = Annotated[str, AfterValidator(_import_path), WithJsonSchema({"type": "string", "pattern": ".:."})]
+
+
+class Own(Section):
+    """What a function of the user's own returns; all further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    given: ClassVar[tuple[str, ...]]
+    """Arguments that do not come from the configuration."""
+
+    name: ImportPath = OWN
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that come from the configuration."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_free(self) -> Own:
+        for key in self.given:
+            if key in self.options:
+                raise _error_at(key, f"is what fpsim itself gives {self.name}")
+        return self
+
+
+def _name_of(section: Any) -> str | None:
+    """The tag of a section in the unions below: its name."""
+    name = section.get("name") if isinstance(section, dict) else getattr(section, "name", None)
+    return OWN if isinstance(name, str) and ":" in name else None if name is None else str(name)
+
+
+class _ByName:
+    """Of a union of sections: the one whose `name` is given, the user's own for an import path."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {section.model_fields["name"].default: handler(section) for section in get_args(source)}
+        return core_schema.tagged_union_schema(choices, _name_of)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -176,9 +231,19 @@ class BreastCancer(_Table):
     """569 tumours of scikit-learn, 30 numbers each, benign or malignant; for model mlp."""
 
 
+class OwnData(Own):
+    """Data of your own: what FUNCTION of MODULE returns, an fpsim.data.Dataset. It is called with the run's seed and
+    with every other key."""
+
+    given: ClassVar = ("seed",)
+    name: ImportPath = OWN
+    """MODULE:FUNCTION, the module in this file's folder, the current directory, or installed."""
+
+
 Data = (
     Mnist5k | Digits | Mnist | FashionMnist | Cifar10 | Cifar100 | ImageFolder | Synthetic | Text | Wine | BreastCancer
-)
+    | OwnData
+)  # fmt: skip
 
 
 # --- model --------------------------------------------------------------------------------------------------------
@@ -252,7 +317,16 @@ class Gpt(Section):
         return self
 
 
-Model = Mlp | LeNet | ResNet18 | Vgg16 | DenseNet121 | MobileNetV2 | Gpt
+class OwnModel(Own):
+    """A network of your own: what FUNCTION of MODULE returns, an nn.Module. It is called with input_shape and classes
+    of the data and with every other key."""
+
+    given: ClassVar = ("input_shape", "classes")
+    name: ImportPath = OWN
+    """MODULE:FUNCTION, the module in this file's folder, the current directory, or installed."""
+
+
+Model = Mlp | LeNet | ResNet18 | Vgg16 | DenseNet121 | MobileNetV2 | Gpt | OwnModel
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -1038,9 +1112,12 @@ class Config(Section):
     """Folder for run directories, relative to the current directory."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of torch; null for its default."""
-    data: Data = Field(discriminator="name")
+    tensorboard: bool = False
+    """Whether the run writes event files for TensorBoard into its folder `tensorboard`: scalars at every step, those of
+    layers and histograms when the ledger counts."""
+    data: Annotated[Data, _ByName()]
     """What is learned."""
-    model: Model = Field(discriminator="name")
+    model: Annotated[Model, _ByName()]
     """The network."""
     training: Training
     """How the network is trained."""
@@ -1076,3 +1153,11 @@ class Config(Section):
         """An error about the value at the dotted `path`, placed where the configuration was written."""
         parts = tuple(int(part) if part.isdecimal() else part for part in path.split("."))
         return ConfigError([problem_in(self._source.tree, parts, message)])
+
+    def file_of(self, path: str) -> Path | None:
+        """The file in which the value at the dotted `path` was written, or the whole configuration where an override
+        says it; None for one that comes from no file."""
+        written, whole = self.problem(path, "").problems[0].file, self._source.tree.at
+        if written == OVERRIDES.file:
+            written = None if whole is None else whole.file
+        return None if written is None else Path(written)

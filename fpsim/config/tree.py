@@ -23,6 +23,9 @@ class Position:
     source_line: str | None = None
 
 
+OVERRIDES = Position("<overrides>")
+
+
 @dataclass(frozen=True)
 class Node:
     """A value (scalar, list of nodes or mapping of names to nodes) with the positions of the value and of its key."""

@@ -1,9 +1,9 @@
-"""Train and test splits as batches: normalised float32 images and their labels, or text and its next characters."""
+"""Train and test splits as batches: float32 inputs and their labels, or text and its next characters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ MAX_CROP_PADDING = 4  # pixels
 STATISTICS_CHUNK = 4096  # images
 
 
+@runtime_checkable
 class Split(Protocol):
     """Samples of images or text, read by index."""
 
@@ -33,7 +34,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data set.
+    """Both splits of a data set, `Samples` say.
 
     classes: number of different labels; input_shape: (C, H, W) of every image, or (T,) of every piece of text;
     labels_per_sample: 1 of an image, T of a piece of text; description: where the samples come from, how many there
@@ -77,6 +78,34 @@ class TensorSplit:
             if self.flip:
                 images = flipped(images, draw_flips(len(images), generator))
         return normalise(images[kept], self.mean, self.std), self.labels[indices[kept]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A split in memory, as it is given to the network: inputs [N, ...] (float32, or int64 of text), labels int64 [N].
+
+    Nothing is normalised or augmented. Raises ValueError for a dtype or a number of labels that does not fit.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.inputs.dtype not in (torch.float32, torch.int64) or self.labels.dtype != torch.int64:
+            message = "inputs must be float32 (or int64, of text) and labels int64"
+            raise ValueError(f"{message} (got {self.inputs.dtype} and {self.labels.dtype})")
+        if len(self.inputs) != len(self.labels):
+            raise ValueError(f"{len(self.inputs)} inputs have {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(
+        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Split.batch`."""
+        indices = indices if chosen is None else indices[chosen]
+        return self.inputs[indices], self.labels[indices]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

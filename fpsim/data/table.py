@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from torch import Tensor
 
-from fpsim.data.dataset import Dataset, limited, stratified_split
+from fpsim.data.dataset import Dataset, Samples, limited, stratified_split
 
 TEST_SHARE = 5  # a fifth of the rows is the test split
 TABLES = {"wine": "UCI wine recognition data", "breast_cancer": "UCI breast cancer data of Wisconsin"}
-
-
-@dataclass(frozen=True)
-class TableSplit:
-    """values float32 [N, C, 1, 1], labels int64 [N]."""
-
-    values: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(
-        self, indices: Tensor, generator: torch.Generator | None = None, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Split.batch`. Nothing is augmented."""
-        indices = indices if chosen is None else indices[chosen]
-        return self.values[indices], self.labels[indices]
 
 
 def read(name: str, train_limit: int | None, test_limit: int | None) -> Dataset:
@@ -48,8 +27,8 @@ def read(name: str, train_limit: int | None, test_limit: int | None) -> Dataset:
     classes = len(np.unique(labels))
     return Dataset(
         name=name,
-        train=TableSplit(normal[train], places[train]),
-        test=TableSplit(normal[test], places[test]),
+        train=Samples(normal[train], places[train]),
+        test=Samples(normal[test], places[test]),
         classes=classes,
         input_shape=tuple(normal.shape[1:]),
         description=f"{name}: {TABLES[name]} shipped with scikit-learn; {len(train):,} train / {len(test):,} test rows "

@@ -217,7 +217,8 @@ emulation:
     assert problems(write(text)) == [
         "c.yaml:2:1: modle: unknown key; did you mean 'model'?",
         "c.yaml:3:14: data.name: must be 'mnist5k', 'digits', 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', "
-        "'imagefolder', 'synthetic', 'text', 'wine' or 'breast_cancer' (got 'mnist5l'); did you mean 'mnist5k'?",
+        "'imagefolder', 'synthetic', 'text', 'wine', 'breast_cancer' or 'module:function' (got 'mnist5l'); did you "
+        "mean 'mnist5k'?",
         "c.yaml:4:25: model.widht: unknown key; did you mean 'width'?",
         "c.yaml:4:41: model.stem: must be 'cifar' or 'imagenet' (got 'cifr'); did you mean 'cifar'?",
         "c.yaml:5:1: training.batch_size: missing; this key is required",

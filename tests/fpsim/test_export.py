@@ -16,6 +16,7 @@ import accel
 import fpsim
 from fpsim.emulation import Emulator, emulate
 from fpsim.errors import RunError
+from fpsim.own import build_model
 from fpsim.packed_model import load_model, load_state, pack_weight, save_packed, unpack_weight
 from tests.fpsim.command_line import command
 
@@ -134,9 +135,7 @@ def evaluated(run: Path, x: torch.Tensor, emulation: dict[str, Any]) -> torch.Te
     """What a run's model gives in evaluation, emulated from the newest checkpoint's files."""
     config = fpsim.load_config(run / "config.yaml")
     checkpoint = next((run / "checkpoints").iterdir())
-    model = fpsim.runner.models.build(  # type: ignore[attr-defined]
-        config.model.name, input_shape=(1, 8, 8), classes=10, **config.model.model_dump(exclude={"name"})
-    ).eval()
+    model = build_model(config, (1, 8, 8), 10).eval()
     model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     handle = emulate(model, emulation, seed=config.seed, steps_per_epoch=1)
     state = json.loads((checkpoint / "state.json").read_text())["emulator"]

@@ -1,0 +1,1 @@
+"""Emulation in other libraries' trainers: `lightning.EmulationCallback` and `huggingface.EmulationCallback`."""
