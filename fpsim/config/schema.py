@@ -121,7 +121,7 @@ def _name_of(section: Any) -> str | None:
     return OWN if isinstance(name, str) and ":" in name else None if name is None else str(name)
 
 
-class _ByName:
+class ByName:
     """Of a union of sections: the one whose `name` is given, the user's own for an import path."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -1115,9 +1115,9 @@ class Config(Section):
     tensorboard: bool = False
     """Whether the run writes event files for TensorBoard into its folder `tensorboard`: scalars at every step, those of
     layers and histograms when the ledger counts."""
-    data: Annotated[Data, _ByName()]
+    data: Annotated[Data, ByName()]
     """What is learned."""
-    model: Annotated[Model, _ByName()]
+    model: Annotated[Model, ByName()]
     """The network."""
     training: Training
     """How the network is trained."""

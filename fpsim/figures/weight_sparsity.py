@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from pydantic import Field, model_validator
 
 from fpsim.config import Config, load_config, parse_config
-from fpsim.config.schema import Fraction, Model, PositiveInt, Section, SnrPruning
+from fpsim.config.schema import ByName, Fraction, Model, PositiveInt, Section, SnrPruning
 from fpsim.figures.figure import Figure, Measured, data_overrides, draw_plain
 from fpsim.figures.runs import folder_of, summaries, train_all
 from fpsim.report.plots import COLORS
@@ -33,7 +33,7 @@ class Case(Section):
     """The training: a configuration, which the figure gives data, network, seed and pruning."""
     data: list[str] = Field(min_length=1)
     """Data sets, each NAME or NAME=FOLDER of its files."""
-    networks: list[Annotated[Model, Field(discriminator="name")]] = Field(min_length=1)
+    networks: list[Annotated[Model, ByName()]] = Field(min_length=1)
     """Networks, each of which is trained on each data set."""
 
 

@@ -263,7 +263,7 @@ def _out_of_range(schema: dict[str, Any]) -> Iterator[str]:
 
 def missing_keys() -> Iterator[Case]:
     for spot in MAPPINGS:
-        for key in {key for schema in spot.schemas for key in schema.get("required", [])}:
+        for key in sorted({key for schema in spot.schemas for key in schema.get("required", [])}):
             yield Case("missing key", f"{spot.id}.{key}", spot.without(key), f"{spot.key_line}:", "missing; this key")
 
 
