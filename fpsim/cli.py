@@ -509,7 +509,7 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if os.environ.get("FPSIM_TRACEBACK"):
         traceback.print_exc()
-    rank = "" if os.environ.get("RANK", "0") == "0" or not _is_rank() else f"rank {os.environ['RANK']}: "
+    rank = f"rank {os.environ['RANK']}: " if _is_later_rank() else ""
     print(f"fpsim: {rank}{message}" if code == 1 else f"{rank}{message}", file=sys.stderr)
     sys.exit(code)
 
@@ -559,7 +559,3 @@ def _unknown(what: str, name: str, allowed: list[str]) -> ConfigError:
     close = get_close_matches(name, allowed, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return _mistake(f"unknown {what} {name!r} (allowed: {', '.join(allowed)}){hint}")
-
-
-if __name__ == "__main__":
-    main()

@@ -58,6 +58,7 @@ SECTIONS = {
     "model": [f"{{name: {name}}}" for name in ("resnet18", "vgg16", "densenet121", "mobilenet_v2", "gpt")],
     "training.schedule": ["{name: step, milestones_epochs: [1, 2], factor: 0.5}", "{name: constant}"],
     "training.optimizer": ["{name: adam, learning_rate: 0.1}"],
+    "training.communication": ["{format: e5m2, scale: 0.5, codec: bitmask, sparsity: 0.5}"],
     "emulation.weight_pruning": [
         "{name: dense}",
         "{name: dpf, sparsity: 0.5, ramp_epochs: 1}",
@@ -762,7 +763,7 @@ def test_control_characters_in_the_name_of_a_file(
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind in ("unicode", "whole file")][::12])
 def test_as_a_process(case: Case, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(case.text if isinstance(case.text, bytes) else case.text.encode())
-    arguments = [sys.executable, "-m", "fpsim.cli", "run", FILE]
+    arguments = [sys.executable, "-m", "fpsim", "run", FILE]
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, b"")
     assert checked(done.stderr.decode("utf-8"))[0].startswith(f"{FILE}:{case.place}")

@@ -862,7 +862,7 @@ LONG = settings(
 
 def interrupted(arguments: list[str], folder: Path, steps: int, number: int) -> tuple[int, str]:
     """Exit code and stderr of a process that gets the signal once its newest checkpoint is past `steps` steps."""
-    command = [sys.executable, "-m", "fpsim.cli", *arguments]
+    command = [sys.executable, "-m", "fpsim", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not any(int(path.name[5:]) > steps for path in checkpoint.checkpoints(folder / "checkpoints")):

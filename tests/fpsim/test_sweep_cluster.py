@@ -124,7 +124,7 @@ def test_a_sweep_outlives_a_worker_a_failing_trial_and_its_driver(start: Start, 
         return start(name, "distributed.cli.dask_worker", address, *options)
 
     def drive(name: str) -> subprocess.Popen[str]:
-        return start(name, "fpsim.cli", "sweep", "sweep.yaml", DASK_SCHEDULER_ADDRESS=address)
+        return start(name, "fpsim", "sweep", "sweep.yaml", DASK_SCHEDULER_ADDRESS=address)
 
     workers = {one.pid: one for one in (worker("one"), worker("two"))}
     trials, copies = tmp_path / "out" / "s" / "trials", tmp_path / "out" / "s" / "results"
@@ -182,7 +182,7 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
         tmp_path, grid={"seed": [0, 1, 2]}, dask={"workers": 2, "threads_per_worker": 1, "resources": {"slot": 1}}
     )
     trials = tmp_path / "out" / "s" / "trials"
-    driver = start("first", "fpsim.cli", "sweep", "sweep.yaml")
+    driver = start("first", "fpsim", "sweep", "sweep.yaml")
 
     children: list[psutil.Process] = []
 
@@ -208,7 +208,7 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
     unfinished = json.loads(Path("out/s/results.json").read_text())["trials"]
     assert "unfinished" in [row["status"] for row in unfinished]
 
-    again = start("second", "fpsim.cli", "sweep", "sweep.yaml", "dask.workers=1", "--json")
+    again = start("second", "fpsim", "sweep", "sweep.yaml", "dask.workers=1", "--json")
     assert again.wait(DEADLINE_SECONDS) == 0, Path("second.err").read_text()
     summary = json.loads(Path("second.out").read_text())
     assert summary == json.loads(Path("out/s/results.json").read_text())
@@ -224,7 +224,7 @@ def test_workers_of_its_own(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense://here"])
 def test_a_scheduler_that_does_not_answer(start: Start, tmp_path: Path, address: str) -> None:
     write_sweep(tmp_path, dask={"scheduler": address})
-    driver = start("driver", "fpsim.cli", "sweep", "sweep.yaml", "-q", DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="1s")
+    driver = start("driver", "fpsim", "sweep", "sweep.yaml", "-q", DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="1s")
     assert driver.wait(DEADLINE_SECONDS) == 2
     (line,) = Path("driver.err").read_text().splitlines()
     assert line.startswith(f"dask.scheduler: no scheduler answers at '{address}': ")

@@ -370,4 +370,4 @@ def test_bad_settings(weight_pruning: Any, training: dict[str, Any], message: st
         "emulation": {"weight_pruning": weight_pruning},
     }
     with pytest.raises(ConfigError, match=message):
-        parse_config(content)
+        parse_config(content).check_parts(1)
