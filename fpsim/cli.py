@@ -49,9 +49,11 @@ def run(
     loaded = load_config(config, overrides or [])
     if dry_run and (profile or (nproc or 1) > 1):
         raise _mistake("--dry-run trains nothing, on one rank: leave out --profile and --nproc")
+    if nproc is not None and _is_rank():
+        raise _mistake("--nproc: torchrun has started the ranks: leave it out")
     if nproc is not None and nproc > 1:
         loaded.check_parts(nproc)
-        _launch(nproc)
+        _launch(nproc, _without_nproc(sys.argv[1:]))
     from fpsim import memory
 
     memory.keep_freed_memory()
@@ -84,12 +86,13 @@ def resume(
     """Go on with an interrupted run: it ends as if it had not been interrupted. On as many ranks as it was begun."""
     from fpsim.run_directory import environment_of, run_folder
 
-    if not _is_rank() and (ranks := environment_of(run_folder(run))["world_size"]) > 1:
-        _launch(ranks)
+    folder = run_folder(run)
+    if not _is_rank() and (ranks := environment_of(folder)["world_size"]) > 1:
+        _launch(ranks, ["resume", str(folder), *["--quiet"] * quiet, *["--json"] * as_json])
     from fpsim import memory, runner
 
     memory.keep_freed_memory()
-    _show_result(runner.resume(run, quiet=quiet), as_json)
+    _show_result(runner.resume(folder, quiet=quiet), as_json)
 
 
 @app.command()
@@ -493,8 +496,8 @@ def main() -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         app()
-    except ToldError as error:
-        sys.exit(error.code)
+    except ToldError:
+        sys.exit(0)
     except ConfigError as error:
         _fail(str(error), 2)
     except FpsimError as error:
@@ -524,17 +527,21 @@ def _is_later_rank() -> bool:
     return _is_rank() and os.environ.get("RANK") != "0"
 
 
-def _launch(ranks: int) -> NoReturn:
-    """This command once a rank."""
+def _launch(ranks: int, arguments: list[str]) -> NoReturn:
+    """`fpsim arguments` once a rank."""
     from fpsim.launch import launch
 
-    arguments, given = [], iter(sys.argv[1:])
+    sys.exit(launch(ranks, arguments))
+
+
+def _without_nproc(arguments: list[str]) -> list[str]:
+    kept, given = [], iter(arguments)
     for argument in given:
         if argument == "--nproc":
             next(given)
         elif not argument.startswith("--nproc="):
-            arguments.append(argument)
-    sys.exit(launch(ranks, arguments))
+            kept.append(argument)
+    return kept
 
 
 def _show_result(result: Any, as_json: bool, **more: Any) -> None:

@@ -133,8 +133,8 @@ def emulate(
     spec: the `emulation` section of a configuration as an object or a mapping, or the name or path of an accelerator
     file. seed: of the random words. optimizer: its state is counted in the ledger when given. steps_per_epoch: for
     weight pruning that counts in epochs. ranks: the processes that train the model together, each on its part of every
-    batch (see `fpsim.ranks`); the loss of a part is divided by their number, and the gradients of the weights are sums
-    over them. Call `handle.step()` after every optimizer step.
+    batch (see `fpsim.ranks`), and every layer on a part of its input of one size; the loss of a part is divided by
+    their number, and the gradients of the weights are sums over them. Call `handle.step()` after every optimizer step.
     Raises ConfigError for a specification that is not valid, PatternError for a pattern that matches no layer,
     ValueError where steps_per_epoch is needed.
     """
@@ -622,6 +622,8 @@ class Emulator:
 
     def _occurrence_of(self, name: str) -> str:
         count = self._occurrences[self._mode + name]
+        if self._mode:  # each rank evaluates every so many batches
+            count = (count - 1) * self.ranks.count + self.ranks.number + 1
         return f"{self._mode}/{count}" if count > 1 or self._mode else ""
 
     def _next_occurrence(self, name: str) -> str:
@@ -698,7 +700,8 @@ class Emulator:
         self, x: Tensor, dim: int | None, layer: str, role: str, *, with_sample: bool = True
     ) -> tuple[float | Tensor, Tensor]:
         """As `fpsim.scales.measured` of the ranks' parts. Raises NonFiniteError for a tensor that is not finite."""
-        amax, drawn = measured(x, dim, self._ranks_of(role), with_sample=with_sample)
+        with _named(f"{role} of layer {layer!r}"):
+            amax, drawn = measured(x, dim, self._ranks_of(role), with_sample=with_sample)
         if not (math.isfinite(amax) if isinstance(amax, float) else bool(torch.isfinite(amax).all())):
             seen = {"weight": self.layers[layer].get_parameter("weight"), role: x}
             raise NonFiniteError(role, layer, self.step_number, seen)
@@ -733,9 +736,11 @@ class Emulator:
     def _gradient(self, name: str, role: GradientSpec | None, dy: Tensor, call: _Call) -> tuple[Tensor, Operand]:
         """dY as the hardware holds it."""
         ranks = self._ranks_of("gradient")
-        if call.micro_batch == 0 and dy.numel():
-            self.distributions.record(self.step_number, name, "dY", dy, ranks)
-        if role is None or dy.numel() == 0:
+        is_empty = dy.numel() == 0 and ranks.count == 1  # several ranks must all see the same
+        if call.micro_batch == 0 and not is_empty:
+            with _named(f"gradient of layer {name!r}"):
+                self.distributions.record(self.step_number, name, "dY", dy, ranks)
+        if role is None or is_empty:
             if call.micro_batch is not None:
                 plain = stored_plain(dy.numel())
                 self._recorder.gradient(name, plain, call.micro_batch, call.has_dgrad, call.has_wgrad)
@@ -743,6 +748,8 @@ class Emulator:
         dim = call.channel_dim if role.granularity == "channel" else None
         with torch.no_grad(), span(GRADIENTS):
             amax, drawn = self._measured(dy, dim, name, "gradient")
+            if dy.numel() == 0:
+                return dy, AS_IT_IS
             drawn = sample(drawn)
             is_fixed = role.adapt is None
             fmt = format_of(role) if is_fixed else self.adapting[name].renew(drawn, self.step_number)

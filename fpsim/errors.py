@@ -59,11 +59,8 @@ class RunError(FpsimError):
 
 
 class ToldError(FpsimError):
-    """What ends this rank, and rank 0 tells. code: the exit code."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"rank 0 tells why (exit code {code})")
-        self.code = code
+    """What ends this rank, and another one tells: this one ends silently, with exit code 0, so that a launcher leaves
+    the other the time to do so."""
 
 
 class NonFiniteError(RunError):

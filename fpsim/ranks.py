@@ -21,6 +21,7 @@ from torch import Tensor, distributed
 from fpsim.errors import ConfigError, FpsimError, Problem, RunError, ToldError
 
 BACKEND = "cpu:gloo,cuda:nccl"
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset")  # what errors say when a rank is gone
 TIMEOUT = timedelta(minutes=30)  # that a rank waits for another: rank 0 may be writing a large checkpoint
 
 
@@ -76,16 +77,21 @@ class Ranks:
 
     def told_by_first(self, error: FpsimError) -> FpsimError:
         """An error that all ranks meet: rank 0 raises it, the others ToldError."""
-        return error if self.is_first else ToldError(2 if isinstance(error, ConfigError) else 1)
+        return error if self.is_first else ToldError("told by rank 0")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one rank cannot do, none goes on with: rank 0 raises the first rank's error, the others ToldError."""
+        """What one rank cannot do, none goes on with: rank 0 raises the first rank's error, the others ToldError. An
+        OSError becomes a RunError."""
         error: FpsimError | None = None
         try:
             yield
         except FpsimError as caught:
             error = caught
+        except OSError as caught:
+            if self.count == 1:
+                raise
+            error = RunError(f"{caught.filename or ''}: {caught.strerror or caught}".lstrip(": "))
         told = [] if error is None else [isinstance(error, ConfigError), str(error)]
         for number, other in enumerate(self.gathered(json.dumps(told).encode())):
             if not (said := json.loads(other)):
@@ -93,16 +99,36 @@ class Ranks:
             is_mistake, text = said
             if self.is_first:
                 raise error or _told(is_mistake, f"rank {number}: {text}")
-            raise ToldError(2 if is_mistake else 1)
+            raise ToldError("told by rank 0")
 
 
 ALONE = Ranks()
 
 
-def is_lost(error: RuntimeError, ranks: Ranks) -> bool:
-    """Whether an error says that another rank is gone."""
-    texts = ("gloo", "NCCL", "Connection closed", "Connection reset")
-    return ranks.count > 1 and (isinstance(error, distributed.DistError) or any(text in str(error) for text in texts))
+@contextmanager
+def _first_tells(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except ToldError:
+        raise
+    except FpsimError:
+        if _is_told():
+            raise ToldError("told by another rank") from None
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or any(text in str(error) for text in LOST)):
+            raise
+        if _is_told():
+            raise ToldError("told by another rank") from None
+        raise RunError(f"the other ranks are gone: {str(error).splitlines()[0]}") from error
+
+
+def _is_told() -> bool:
+    """Whether another rank has asked this before."""
+    try:
+        return int(distributed.distributed_c10d._get_default_store().add("fpsim/told", 1)) > 1
+    except RuntimeError:  # the store is gone, with the launcher
+        return False
 
 
 def _told(is_mistake: bool, text: str) -> FpsimError:
@@ -113,7 +139,8 @@ def _told(is_mistake: bool, text: str) -> FpsimError:
 def joined() -> Iterator[Ranks]:
     """The ranks that torchrun has started, joined meanwhile; one alone where it has not.
 
-    A process that has a process group already keeps it.
+    Where several fail, each in its way, the first raises its error and the others ToldError. A process that has a
+    process group already keeps it.
     """
     if distributed.is_initialized():
         yield Ranks(distributed.get_rank(), distributed.get_world_size())
@@ -123,8 +150,10 @@ def joined() -> Iterator[Ranks]:
         return
     has_gpu = torch.cuda.is_available()
     distributed.init_process_group(BACKEND if has_gpu else "gloo", timeout=TIMEOUT)
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size())
     try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+        with _first_tells(ranks):
+            yield ranks
     finally:
         gc.collect()  # a work object that outlives its group can abort the interpreter at its end
         distributed.destroy_process_group()

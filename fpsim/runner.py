@@ -26,7 +26,7 @@ from fpsim.not_finite import not_finite_in_evaluation, save_failed
 from fpsim.own import modules_of
 from fpsim.profile import StepProfiler
 from fpsim.ranges import END, OPTIMIZER, span
-from fpsim.ranks import ALONE, Ranks, is_lost, joined
+from fpsim.ranks import ALONE, Ranks, joined
 from fpsim.run_directory import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -75,8 +75,12 @@ def run(
     elif overrides or not isinstance(config, Config):
         config = parse_config(config.model_dump() if isinstance(config, Config) else config, overrides)
     with joined() as ranks, ExitStack() as stack:
+        folder = Path()
         with ranks.together():
-            folder = new_directory(config, run_dir) if ranks.is_first else Path(run_dir or config.output)
+            if ranks.is_first:
+                folder = new_directory(config, run_dir)
+        folder = Path(ranks.gathered(str(folder).encode())[0].decode())
+        with ranks.together():
             config.check_parts(ranks.count)
             check_installed(config)
             session = Session(config, folder, quiet, ranks)
@@ -148,11 +152,11 @@ def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None
                 write_json(folder / RESULTS_FILE, results)
                 _write_tables(folder)
         except NonFiniteError as error:
-            raise ranks.told_by_first(RunError(save_failed(session, error))) from error
-        except RuntimeError as error:
-            if not is_lost(error, ranks):
-                raise
-            raise RunError(f"rank {ranks.number} lost the others: {str(error).splitlines()[0]}") from error
+            try:
+                text = save_failed(session, error)
+            except OSError as failure:
+                text = f"{error}; the state at that moment cannot be saved: {failure.strerror or failure}"
+            raise ranks.told_by_first(RunError(text)) from error
         except OSError as error:
             reason = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
             saved = checkpoint.checkpoints(folder / "checkpoints")
@@ -190,8 +194,8 @@ def _train_steps(
         if stops or epoch_ended or session.step % spec.every_steps == 0:
             if events is not None:
                 events.flush()
+            session.save_samples()  # first: what a kill leaves out between the two is done again
             session.save(folder)
-            session.save_samples()
             if ranks.is_first:
                 checkpoint.prune(folder, spec.keep)
         if stops and session.step < session.total_steps:

@@ -50,23 +50,24 @@ def measured(
     """The `largest_magnitude` of the tensor of which x is this rank's part, and a `sample` of it.
 
     Several ranks that meet a number that is not finite all get infinity. Where no sample is wanted it may be anything;
-    one rank alone gets x itself, of which `sample` is the same.
+    one rank alone gets x itself, of which `sample` is the same. Raises ValueError for parts that are not of one size.
     """
     amax = largest_magnitude(x, channel_dim)
     if ranks.count == 1:
         return amax, x
-    magnitudes = torch.as_tensor(amax, dtype=torch.float32)
+    magnitudes = torch.as_tensor(amax, dtype=torch.float64)
     drawn = _placed(x, ranks) if with_sample else magnitudes.new_empty(0)
-    told = magnitudes.new_empty(magnitudes.numel() + drawn.numel())  # not torch.cat, which the ledger watches for
-    told[: magnitudes.numel()] = torch.where(magnitudes.isfinite(), magnitudes, torch.inf).flatten()
-    told[magnitudes.numel() :] = drawn
-    largest, drawn = ranks.maximum(told).tensor_split([magnitudes.numel()])
+    ends = 2 + magnitudes.numel(), 2 + magnitudes.numel() + drawn.numel()
+    told = torch.full((ends[0] + SAMPLE,), -torch.inf, dtype=torch.float64)  # of one length, whatever x is
+    told[0], told[1] = x.numel(), -x.numel()
+    told[2 : ends[0]] = torch.where(magnitudes.isfinite(), magnitudes, torch.inf).flatten()
+    told[ends[0] : ends[1]] = drawn
+    ranks.maximum(told)
+    if told[0] != -told[1]:
+        sizes = f"{int(-told[1])} to {int(told[0])} elements"
+        raise ValueError(f"ranks have parts of one size each: these have {sizes}")
+    largest, drawn = told[2 : ends[0]].float(), told[ends[0] : ends[1]].float()
     return (float(largest) if isinstance(amax, float) else largest.view_as(amax)), drawn
-
-
-def sample_of_parts(x: Tensor, ranks: Ranks) -> Tensor:
-    """The `sample` of the tensor of which x is this rank's part."""
-    return sample(x) if ranks.count == 1 else ranks.maximum(_placed(x, ranks))
 
 
 def _placed(x: Tensor, ranks: Ranks) -> Tensor:

@@ -23,7 +23,7 @@ from fpsim.config.schema import Emulation, Ledger
 from fpsim.emulation import Emulator, emulate
 from fpsim.errors import NonFiniteError, RunError
 from fpsim.exchange import Exchange
-from fpsim.files import write_bytes
+from fpsim.files import sync, write_bytes
 from fpsim.layers import PatternError
 from fpsim.own import build_model, load_data
 from fpsim.progress import Progress
@@ -150,6 +150,8 @@ class Session:
             self.weight_rows = len(weight_pruning.rows)
         if not self.ranks.is_first:
             return
+        for name in LINES:
+            sync(self.folder / name)  # as far as the checkpoint counts on them
         state = {
             "seconds": self.seconds,
             "history": self.history,

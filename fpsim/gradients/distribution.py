@@ -19,7 +19,7 @@ import accel
 from fpsim.distributions import SMALLEST_SAMPLE, compare
 from fpsim.ranges import STATISTICS, spanned
 from fpsim.ranks import ALONE, Ranks
-from fpsim.scales import sample_of_parts
+from fpsim.scales import measured, sample
 
 ROLES = ("dY", "dW")
 
@@ -47,7 +47,7 @@ class Distributions:
         log2|x| over the nonzeros; D of seven distributions (see fpsim.distributions) of the `sample` of 4096 elements,
         None where it has no fit."""
         whole = _of_all(accel.log2_statistics(x), ranks)
-        taken = sample_of_parts(x.detach(), ranks).to("cpu", torch.float32, copy=True)
+        taken = sample(measured(x.detach(), None, ranks)[1]).to("cpu", torch.float32, copy=True)
         values = taken.numpy()
         can_fit = not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
         fitted = compare(values) if can_fit else {}

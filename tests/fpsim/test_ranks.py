@@ -199,17 +199,27 @@ def test_ranks_fail_together(found: tuple[dict[str, Any], Path]) -> None:
     findings, folder = found
     first, other = findings["not finite"]
     assert first.startswith("RunError: output of layer '2' is not finite at step 3 (")
-    assert other == "ToldError 1"
+    assert other == "ToldError"
     (tensor,) = (folder / "not finite" / "failed" / "step-3").glob("not_finite.safetensors")
     assert bool(load_file(tensor)["output"].isnan().all())  # of rank 1, which has it
     first, other = findings["missing on one"]
     assert first.startswith("ConfigError: rank 1: data.root: ")
-    assert other == "ToldError 2"
+    assert other == "ToldError"
     assert not (folder / "missing").exists()
     first, other = findings["stopped on one"]
     assert first.startswith(f"RunError: stopped by another rank at step 4 of {STEPS}; ")
-    assert other == "ToldError 1"
+    assert other == "ToldError"
     assert checkpoint.newest(folder / "stopped").name == "step-4"
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("few", (192, 288)), ("many", (6144, 9216)), ("none", (0, 384))])
+@pytest.mark.parametrize(("kind", "role"), [("", "activation"), (", pruned", "gradient")])
+def test_parts_of_other_sizes_are_refused(
+    found: tuple[dict[str, Any], Path], name: str, sizes: tuple[int, int], kind: str, role: str
+) -> None:
+    for told in found[0][f"unequal parts, {name}{kind}"]:
+        expected = f"ranks have parts of one size each: these have {sizes[0]} to {sizes[1]} elements"
+        assert told == f"RunError: {role} of layer '0': {expected}"
 
 
 def test_a_run_goes_on_with_as_many_ranks(found: tuple[dict[str, Any], Path]) -> None:

@@ -253,8 +253,8 @@ def told(ranks: Ranks, act: Callable[[], Any]) -> str:
     """What an error says on this rank."""
     try:
         act()
-    except ToldError as error:
-        return f"ToldError {error.code}"
+    except ToldError:
+        return "ToldError"
     except FpsimError as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -279,6 +279,16 @@ def not_finite(ranks: Ranks, folder: Path) -> str:
         return told(ranks, lambda: runner.run(settings(), folder / "not finite", quiet=True))
     finally:
         runner.forward_and_backward = forward_and_backward
+
+
+def unequal_parts(ranks: Ranks, rows: list[int], pruned: bool) -> str:
+    """A layer that meets other numbers of rows on the two ranks, in forward and (pruned) in backward alone."""
+    spec: dict[str, Any] = {"activations": {"format": "e4m3fn", "scale": "amax"}}
+    if pruned:
+        spec = {"gradients": {**PRUNED, "pruning": {"sparsity": 0.5}}}
+    model = nn.Sequential(nn.Linear(CHANNELS, CHANNELS))
+    emulate(model, spec, ranks=ranks)
+    return told(ranks, lambda: model(torch.randn(rows[ranks.number], CHANNELS)).sum().backward())
 
 
 def missing_on_one(ranks: Ranks, folder: Path) -> str:
@@ -338,6 +348,12 @@ def main() -> None:
         for name, one in {"float32": None, "rounded": {**COMMUNICATION, "sparsity": 0.9}}.items():
             check(f"accuracy, {name}", lambda one=one: accuracies(folder, one))  # type: ignore[misc]
         check("not finite", lambda: not_finite(ranks, folder))
+        for pruned in (False, True):
+            for name, rows in {"few": [2, 3], "many": [64, 96], "none": [4, 0]}.items():
+                check(
+                    f"unequal parts, {name}{', pruned' * pruned}",
+                    lambda rows=rows, pruned=pruned: unequal_parts(ranks, rows, pruned),  # type: ignore[misc]
+                )
         check("missing on one", lambda: missing_on_one(ranks, folder))
         check("stopped on one", lambda: stopped_on_one(ranks, folder))
         if ranks.is_first:
