@@ -18,6 +18,7 @@ SCRIPTS = {
     "training_step": (["--quick"], []),
     "weight_pruning": (["--quick"], []),
     "saved_activations": (["--quick"], []),
+    "ranks": (["--quick", "--repeats", "1"], []),
     "gpu": ([], []),
 }
 NO_DEVICE = 2  # exit code of gpu.py
