@@ -18,7 +18,8 @@ from filelock import FileLock
 from fpsim import checkpoint
 from fpsim.errors import ConfigError
 from fpsim.runner import resume, run
-from tests.fpsim.runs import outcome, settings
+from fpsim.session import Session
+from tests.fpsim.runs import STEPS, outcome, settings
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
@@ -67,6 +68,32 @@ def test_what_a_kill_left_half_written_is_gone(tmp_path: Path) -> None:
     (folder / ".gradients.safetensors.123.tmp").touch()
     resume(folder, quiet=True)
     assert outcome(folder) == expected
+
+
+class Killed(BaseException):
+    """Nothing in the product catches this: the process might as well be gone."""
+
+
+@pytest.mark.parametrize("last_call", ["save", "save_samples"])
+def test_killed_before_the_last_files_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str
+) -> None:
+    """Checkpoint and samples belong together: what a kill leaves out between the two is done again."""
+    expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)
+    original = getattr(Session, last_call)
+
+    def die(session: Session, *arguments: Any) -> None:
+        if session.step == STEPS:
+            raise Killed
+        original(session, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, last_call, die)
+        with pytest.raises(Killed):
+            run(settings(), tmp_path / "run", quiet=True)
+    resume(tmp_path / "run", quiet=True)
+    found = outcome(tmp_path / "run")
+    assert [key for key in expected if found[key] != expected[key]] == []
 
 
 # --- a second writer ----------------------------------------------------------------------------------------------
