@@ -28,8 +28,8 @@ config = GPT2Config(vocab_size=text.classes, **sizes, bos_token_id=0, eos_token_
 emulation = EmulationCallback("fp8-training")
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
-        folder, num_train_epochs=3, per_device_train_batch_size=16, learning_rate=0.005, use_cpu=True,
-        logging_steps=20, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
+        folder, num_train_epochs=2, per_device_train_batch_size=16, learning_rate=0.005, use_cpu=True,
+        logging_steps=10, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
     )  # fmt: skip
     samples = [{"input_ids": window, "labels": window} for window in windows]
     trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=samples, callbacks=[emulation])

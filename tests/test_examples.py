@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "examples").glob("*.py"))])
 def test_an_example(name: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, str(ROOT / "examples" / f"{name}.py")]
     ran = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr
