@@ -48,7 +48,7 @@ def config() -> dict[str, Any]:
         "checkpoint": {"every_steps": 3, "keep": 2},
     }
     return settings(
-        data={"name": "mnist5k", "train_limit": 480, "test_limit": 100, "augment": True},
+        data={"name": "synthetic", "train_samples": 480, "test_samples": 100, "image_size": 16, "augment": True},
         model={"name": "lenet"},
         training=training,
         emulation=EMULATION,
