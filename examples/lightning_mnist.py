@@ -40,7 +40,7 @@ class LeNet(LightningModule):
         self.log("accuracy", (self(x).argmax(1) == labels).float().mean())
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
 def loader(split, **options):
@@ -51,7 +51,7 @@ seed_everything(0, verbose=False)
 mnist = data.load(SimpleNamespace(name="mnist5k", train_limit=None, test_limit=None, augment=False), seed=0)
 emulation = EmulationCallback("fp8-training")
 options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[emulation], **options)
+trainer = Trainer(max_epochs=4, accelerator="cpu", callbacks=[emulation], **options)
 lenet = LeNet()
 trainer.fit(lenet, loader(mnist.train, shuffle=True))
 (tested,) = trainer.test(lenet, loader(mnist.test), verbose=False)
