@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fpsim.errors import ConfigError, FpsimError, ToldError
+from fpsim.errors import ConfigError, FpsimError, ToldError, reason_of
 
 app = typer.Typer(
     name="fpsim",
@@ -506,7 +506,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), 1)
+        _fail(reason_of(error), 1)
 
 
 def _fail(message: str, code: int) -> None:

@@ -78,3 +78,8 @@ class NonFiniteError(RunError):
         self.nan, self.inf, self.elements = int(tensor.isnan().sum()), int(tensor.isinf().sum()), tensor.numel()
         counts = f"{self.nan:,} NaN, {self.inf:,} inf of {self.elements:,}"
         super().__init__(f"{role} of layer {layer!r} is not finite at step {step} ({counts})")
+
+
+def reason_of(error: OSError) -> str:
+    """What an OSError says, in one line: the file, where it has one, and why."""
+    return f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")

@@ -18,7 +18,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor, distributed
 
-from fpsim.errors import ConfigError, FpsimError, Problem, RunError, ToldError
+from fpsim.errors import ConfigError, FpsimError, Problem, RunError, ToldError, reason_of
 
 BACKEND = "cpu:gloo,cuda:nccl"
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset")  # what errors say when a rank is gone
@@ -91,7 +91,7 @@ class Ranks:
         except OSError as caught:
             if self.count == 1:
                 raise
-            error = RunError(f"{caught.filename or ''}: {caught.strerror or caught}".lstrip(": "))
+            error = RunError(reason_of(caught))
         told = [] if error is None else [isinstance(error, ConfigError), str(error)]
         for number, other in enumerate(self.gathered(json.dumps(told).encode())):
             if not (said := json.loads(other)):

@@ -6,11 +6,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import accel
 from fpsim import checkpoint
 from fpsim.config import Config, config_hash, load_config, parse_config
 from fpsim.environment import environment
-from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError
+from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError, reason_of
 from fpsim.event_files import EventFiles, check_installed, event_files
 from fpsim.files import write_json, write_text
 from fpsim.not_finite import not_finite_in_evaluation, save_failed
@@ -39,6 +36,7 @@ from fpsim.run_directory import (
     run_folder,
 )
 from fpsim.session import Session, forward_and_backward, set_learning_rate
+from fpsim.stop_signals import stop_signals
 from fpsim.training import check_gradients, evaluate
 
 RESULTS_VERSION = 1
@@ -158,7 +156,7 @@ def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None
                 text = f"{error}; the state at that moment cannot be saved: {failure.strerror or failure}"
             raise ranks.told_by_first(RunError(text)) from error
         except OSError as error:
-            reason = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+            reason = reason_of(error)
             saved = checkpoint.checkpoints(folder / "checkpoints")
             step = saved[-1].name.removeprefix("step-") if saved else "0"
             session.log("failed", level="error", reason=reason, step=session.step)
@@ -290,31 +288,14 @@ def _results(session: Session) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _stop_signals(ranks: Ranks) -> Iterator[list[str]]:
+def _stop_signals(ranks: Ranks) -> AbstractContextManager[list[str]]:
     """Names of the stop signals received: SIGINT and SIGTERM end the run after the step under way.
 
     A second one ends a rank alone at once; of several each gets one from the terminal and one from its launcher.
     """
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: object) -> None:
-        if received and ranks.count == 1:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-        if ranks.is_first and len(received) == 1:
-            more = " (once more to stop at once)" if ranks.count == 1 else ""
-            print(f"fpsim: {received[0]}: stopping after this step{more}", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    is_alone = ranks.count == 1
+    announcement = f"stopping after this step{' (once more to stop at once)' * is_alone}"
+    return stop_signals(announcement if ranks.is_first else None, twice_ends=is_alone)
 
 
 def _write_tables(folder: Path) -> None:

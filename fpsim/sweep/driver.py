@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -16,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from fpsim.config import config_to_yaml
 from fpsim.errors import ConfigError, FpsimError, Problem, RunError
+from fpsim.stop_signals import stop_signals
 from fpsim.sweep.cluster import check_installed, connected, lacking
 from fpsim.sweep.outcome import Outcome, finish, read_outcomes, run_dir
 from fpsim.sweep.progress import Progress, showing
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 POLL_SECONDS = 0.2
+STOPPING = "stopping (once more to stop at once)"
 
 
 def run_sweep(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def run_sweep(plan: Plan, *, quiet: bool = False) -> dict[str, Any]:
     with _sole_driver(plan):
         outcomes = read_outcomes(plan)
         failure = None
-        with _stop_signals() as stopped, showing(plan, outcomes, quiet) as progress:
+        with stop_signals(STOPPING) as stopped, showing(plan, outcomes, quiet) as progress:
             try:
                 _train_all(plan, [one for one in outcomes if one.status != "finished"], progress, stopped)
             except RunError as error:
@@ -146,25 +145,3 @@ def _sole_driver(plan: Plan) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Names of the stop signals received; a second one ends the process at once."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def receive(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number).name)
-        print(f"fpsim: {received[0]}: stopping (once more to stop at once)", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
