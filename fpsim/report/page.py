@@ -16,6 +16,7 @@ from fpsim.report import tables
 MOST_STEPS = 500  # of a layer over time
 MOST_VALUES = 360_000  # of all layers, runs and steps over time, which a page of less than 5 MB has room for
 DIGITS = 5  # significant, of a number that is drawn
+DIGITS_OVER_TIME = 4
 DRAWN = (
     "label", "group", "emulated", "steps", "history", "test_accuracy_percent", "footprint", "traffic", "gradient_bits",
     "gradients", "tensors", "weight_pruning", "over_time", "distributions", "formats", "machines",
@@ -88,7 +89,7 @@ def _again(run: dict[str, Any]) -> str:
 
 
 def drawn(comparison: dict[str, Any]) -> dict[str, Any]:
-    """What the plots draw, in five digits; of many steps over time as many as there is room for."""
+    """What the plots draw, in few digits; of many steps over time as many as there is room for."""
     runs = [{key: run[key] for key in DRAWN} for run in comparison["runs"]]
     values_a_step = sum(len(one) - 2 for run in runs if run["over_time"] for one in run["over_time"]["series"])
     most = min(MOST_STEPS, MOST_VALUES // max(values_a_step, 1))
@@ -105,7 +106,7 @@ def _thinned(over_time: dict[str, Any], most: int) -> dict[str, Any]:
         {key: value[::every] if isinstance(value, list) else value for key, value in one.items()}
         for one in over_time["series"]
     ]
-    return {"steps": over_time["steps"][::every], "every": every, "series": series}
+    return {"steps": over_time["steps"][::every], "every": every, "series": _rounded(series, DIGITS_OVER_TIME)}
 
 
 def _roofline(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -121,13 +122,13 @@ def _roofline(rows: list[dict[str, Any]]) -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int = DIGITS) -> Any:
     if isinstance(value, float):
-        short = float(f"{value:.{DIGITS}g}")
+        short = float(f"{value:.{digits}g}")
         return int(short) if short.is_integer() and abs(short) < 1e15 else short
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
 def _as_script(data: Any) -> str:
