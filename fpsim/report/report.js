@@ -350,7 +350,7 @@ const plots = {
     const total = found.sample.count;
     const outside = fmt ? [...(ends[0] - 1 > from ? [[{ xAxis: from }, { xAxis: ends[0] - 1 }]] : []), ...(ends[1] < to ? [[{ xAxis: ends[1] }, { xAxis: to }]] : [])] : [];
     const tick = (keep, shade, name) => ({ name, type: "scatter", xAxisIndex: 1, yAxisIndex: 1, symbol: "rect", symbolSize: [1.5, 18], color: shade, data: ticks.filter(keep).map((one) => [one.at, 0, one.value]), tooltip: { formatter: ({ data }) => tip(figure(data[2]), `times the scale: ${figure(data[2] * scale)}`) } });
-    const axis = { type: "value", min: from, max: to };
+    const axis = { type: "value", min: from, max: to, axisLabel: { formatter: figure, showMinLabel: false, showMaxLabel: false } };
     const words_ = !fmt ? "float32: its numbers are too dense to draw." : `${found.format}${fmt.block_size ? `: blocks of ${fmt.block_size} have scales of their own; drawn with the scale at which the largest magnitude just fits` : `, scale ${power(scale)}${found.scales > 1 ? ` (the median of ${found.scales})` : ""}`}${ticks.length ? "" : `; ${fmt.bits} bits are too many numbers to draw`}.`;
     return {
       note: `${words_} ${figure(found.elements)} elements, ${figure((100 * found.zeros) / found.elements)} % zeros.`,
@@ -389,7 +389,7 @@ const plots = {
     return {
       option: option({
         tooltip: { trigger: "axis", valueFormatter: figure },
-        xAxis: { type: "value", name: "log2|x|", min: lowest, max: highest, axisLabel: { formatter: figure } }, yAxis: { type: "value", name: "density" },
+        xAxis: { type: "value", name: "log2|x|", min: lowest, max: highest, axisLabel: { formatter: figure, showMinLabel: false, showMaxLabel: false } }, yAxis: { type: "value", name: "density" },
         series: Object.entries(curves).map(([name, values], number) => ({ name, type: "line", symbol: "none", step: number ? false : "middle", color: [color(0), css("--ink"), color(3)][number], lineStyle: { type: number === 2 ? "dashed" : "solid", width: number ? 1.6 : 1 }, areaStyle: number ? undefined : { opacity: 0.35 }, data: at.map((x, index) => [x, values[index]]) })),
       }),
       header: ["log2|x|", ...Object.keys(curves)], rows: at.map((x, index) => [x, ...Object.values(curves).map((values) => values[index])]),
@@ -495,6 +495,7 @@ function showRun() {
 
 // --- drawing ----------------------------------------------------------------------------------------------------------
 
+const PRINTED = 640; // pixels, of a plot on paper
 const charts = {}, stale = new Set(), visible = new Set();
 
 function drawSoon(names) {
@@ -590,10 +591,14 @@ function begin() {
     for (const name of Object.keys(plots)) {
       stale.add(name);
       draw(name);
-      charts[name]?.resize({ width: 680 });
+      charts[name]?.resize({ width: PRINTED });
+      charts[name]?.getZr().flush(); // now, not in the next frame
+      const place = element(`plot-${name}`);
+      if (place.querySelector("canvas")) place.append(Object.assign(charts[name].renderToCanvas({ pixelRatio: 2 }), { className: "printed" })); // whole, not frame by frame
     }
   });
   addEventListener("afterprint", () => {
+    for (const copy of document.querySelectorAll("canvas.printed")) copy.remove();
     for (const chart of Object.values(charts)) chart.resize({ width: "auto" });
     setTheme(before);
   });

@@ -112,6 +112,13 @@ def values_of(page: Page, name: str) -> list[list[str]]:
     return found
 
 
+def colors_of(page: Page, canvas: str) -> int:
+    """How many there are on a canvas."""
+    pixels = "canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer"
+    found: int = page.locator(canvas).first.evaluate(f"canvas => new Set(new Uint32Array({pixels})).size")
+    return found
+
+
 def test_every_section_is_there_with_plots_and_no_complaint(browser: Browser, page_file: Path) -> None:
     page = opened(browser, page_file)
     page.locator("#run").select_option(label="pruned")
@@ -119,10 +126,7 @@ def test_every_section_is_there_with_plots_and_no_complaint(browser: Browser, pa
         assert page.locator(f"#figure-{name}").is_visible(), name
         assert any(series["data"] for series in drawn(page, name)["series"]), name
         if name == "heatmap":
-            pixels = "canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.buffer"
-            count = f"canvas => new Set(new Uint32Array({pixels})).size"
-            colors = page.locator("#plot-heatmap canvas").first.evaluate(count)
-            assert colors > 20
+            assert colors_of(page, "#plot-heatmap canvas") > 20
         else:
             assert page.locator(f"#plot-{name} svg path").count() > 8, name
         header, *rows = values_of(page, name)
@@ -305,6 +309,10 @@ def test_it_prints_with_every_plot(browser: Browser, page_file: Path) -> None:
     pages = len(re.findall(rb"/Type\s*/Page\b", printed))
     assert pages >= 5
     assert set(page.evaluate("Object.keys(charts)")) == set(PLOTS) - {"snr"}
+    assert page.locator("canvas.printed").count() == 0
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert colors_of(page, "canvas.printed") > 20
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     assert page.told == []  # type: ignore[attr-defined]
 
