@@ -13,11 +13,12 @@ _HOMES = {
     "emulate": "fpsim.emulation",
     "load_config": "fpsim.config",
     "load_model": "fpsim.packed_model",
+    "register_policy": "fpsim.gradients.policies",
     "resume": "fpsim.runner",
     "run": "fpsim.runner",
 }
 
-__all__ = ["Ranks", "emulate", "load_config", "load_model", "lognormal", "resume", "run"]
+__all__ = ["Ranks", "emulate", "load_config", "load_model", "lognormal", "register_policy", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,23 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of an experiment.")]
 
 
+@app.callback()
+def options(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="A module that registers codecs or policies of your own; repeatable.",
+        ),
+    ] = None,
+) -> None:
+    from fpsim.extensions import import_modules, import_of_environment
+
+    import_of_environment()
+    import_modules(modules or [])
+
+
 @app.command()
 def run(
     config: ConfigName,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 WIDEST_SOURCE_LINE = 160
 WIDEST_MESSAGE = 600
 MOST_SHOWN = 50
+NOT_THE_USERS = (
+    "<frozen ",
+    *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parent),
+)  # where files lie that are no code of the user's
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,15 @@ class NonFiniteError(RunError):
         self.nan, self.inf, self.elements = int(tensor.isnan().sum()), int(tensor.isinf().sum()), tensor.numel()
         counts = f"{self.nan:,} NaN, {self.inf:,} inf of {self.elements:,}"
         super().__init__(f"{role} of layer {layer!r} is not finite at step {step} ({counts})")
+
+
+def place_of(error: BaseException) -> str:
+    """Where an exception of the user's code was raised, as " (FILE:LINE)"; "" where that is not known."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(NOT_THE_USERS)] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def reason_of(error: OSError) -> str:

@@ -12,8 +12,6 @@ import inspect
 import json
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.machinery import PathFinder
@@ -26,10 +24,9 @@ import models
 from fpsim import data
 from fpsim.config import Config
 from fpsim.config.schema import Own, OwnData, OwnModel
-from fpsim.errors import ConfigError
+from fpsim.errors import ConfigError, place_of
+from fpsim.extensions import imported
 from fpsim.run_directory import CONFIG_FILE, ENVIRONMENT_FILE
-
-LIBRARIES = ("<frozen ", *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")))
 
 
 def build_model(config: Config, input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -67,10 +64,11 @@ def load_data(config: Config) -> data.Dataset:
 
 
 def modules_of(config: Config) -> dict[str, dict[str, str]]:
-    """The user's own modules of a configuration whose model and data have been built: by name, the folder from which
-    each was imported, its file, and the SHA-256 of that file. What a module imports in its turn is not among them."""
+    """The user's own modules of a configuration whose model and data have been built, and those that were imported to
+    register something: by name, the folder from which each was imported, its file, and the SHA-256 of that file. What a
+    module imports in its turn is not among them."""
     names = {section.name.partition(":")[0] for section in (config.data, config.model) if isinstance(section, Own)}
-    return {name: _about(name) for name in sorted(names)}
+    return {name: _about(name) for name in sorted({*names, *imported()})}
 
 
 def _about(name: str) -> dict[str, str]:
@@ -174,14 +172,8 @@ def _check_options(config: Config, key: str, signature: inspect.Signature, optio
 
 def _raised(config: Config, key: str, what: str, error: Exception) -> ConfigError:
     """One line for an exception in the user's code, with the place where it was raised."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)] or frames
-    if isinstance(error, SyntaxError) and error.filename:
-        place = f" ({error.filename}:{error.lineno})"
-    else:
-        place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
     text = " ".join(str(getattr(error, "msg", error) or "").split())
-    return config.problem(f"{key}.name", f"{what} {type(error).__name__}{': ' if text else ''}{text}{place}")
+    return config.problem(f"{key}.name", f"{what} {type(error).__name__}{': ' if text else ''}{text}{place_of(error)}")
 
 
 def _a(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from accel.codecs.check import check_codec
 from accel.codecs.codec import Codec, CodecError
 from accel.codecs.counts import BlockCounts, Counts, count_blocks, count_codes
 from accel.codecs.footprint import Footprint, footprint, footprint_of_blocks
 from accel.codecs.packed import Packed, pack, unpack, unpack_slice
-from accel.codecs.registry import CODECS, find_codec
+from accel.codecs.registry import CODECS, find_codec, register_codec
 
 __all__ = [
     "CODECS",
@@ -16,12 +17,14 @@ __all__ = [
     "Counts",
     "Footprint",
     "Packed",
+    "check_codec",
     "count_blocks",
     "count_codes",
     "find_codec",
     "footprint",
     "footprint_of_blocks",
     "pack",
+    "register_codec",
     "unpack",
     "unpack_slice",
 ]

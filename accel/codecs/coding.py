@@ -14,13 +14,14 @@ import torch
 from accel import launch
 from accel.codecs.blocks import Cut, starts_of
 from accel.codecs.codec import ALPHA_UNKNOWN, OUT_OF_RANGE, TOO_LONG, TOO_SHORT, Alpha, CodecError
-from accel.codecs.loops import PATTERNS, packer, unpacker
+from accel.codecs.loops import PATTERNS, is_built_in, packer, unpacker
 from accel.formats import FLOAT32, Format
 from accel.kernels import cpu
 from accel.kernels.cpu import run
 from accel.rounding import Parameters, needs_wide, parameters
 
 NO_ALPHA = np.float32(0)
+SLACK, SLACK_AN_ELEMENT = 64, 16  # bytes beside a block of an own codec, which may write more than it says
 NO_PATTERN = np.uint32(0xFFFFFFFF)  # of no magnitude
 FAULTS = {
     TOO_SHORT: "is too short for its streams",
@@ -60,7 +61,8 @@ def pack_blocks(
                 return Body([body], np.diff(offsets), metadata, None)
         x = x.cpu().numpy()  # also where some element has no code: the loops below find the first
     most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
-    places = starts_of(most.astype(np.int64))
+    room = most if is_built_in(cut.codec.write) else most + SLACK + SLACK_AN_ELEMENT * cut.sizes
+    places = starts_of(room.astype(np.int64))
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)
     misfits = np.full(cut.count, -1)
@@ -72,6 +74,8 @@ def pack_blocks(
         out, places, middles, ends, misfits, *value_fields(fmt), *fields,
         threads=torch.get_num_threads(), align=1, elements=_block_elements(cut),
     )  # fmt: skip
+    if (ends - places[:-1] > most).any():
+        raise CodecError(f"codec {cut.codec.name!r} writes more than its streams say")
     if (misfits != -1).any():
         block = int(np.argmax(misfits != -1))
         first, found = int(cut.bounds[block]), int(misfits[block])

@@ -178,7 +178,7 @@ def packer(write: Any, method: str) -> Kernel:
     symbols = part(_symbols, f"symbols_{method}", **names)
     name = f"pack_{_codec_of(write)}_{method}"
     loop = part(_pack, f"{name}_loop", write=write, symbols=symbols, PARAMETERS=record)
-    return kernel(_with_work, name, each_block=loop)
+    return kernel(_with_work, name, is_built_in(write), each_block=loop)
 
 
 @cache
@@ -186,11 +186,17 @@ def unpacker(read: Any, is_masked: bool, method: str) -> Kernel:
     """The loop that unpacks by a codec's `read` what a method has packed."""
     decoding = _decoding(method)
     name = f"unpack_{_codec_of(read)}" + (f"_{PATTERNS}" if decoding else "")
-    return kernel(_with_work, name, each_block=part(_unpack, f"{name}_loop", read=read, MASKED=is_masked, **decoding))
+    loop = part(_unpack, f"{name}_loop", read=read, MASKED=is_masked, **decoding)
+    return kernel(_with_work, name, is_built_in(read), each_block=loop)
 
 
 def _decoding(method: str) -> dict[str, Any]:
     return {"decoded": pattern_decoded} if method == PATTERNS else {}
+
+
+def is_built_in(function: Any) -> bool:
+    """Whether a codec's loop is one of ours."""
+    return bool(function.py_func.__module__.startswith("accel."))
 
 
 def _codec_of(function: Any) -> str:

@@ -1,4 +1,4 @@
-"""The codecs, by name: the one entry that a new codec adds."""
+"""The codecs, by name: the one entry that a new codec adds; and codecs of one's own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ CODECS = {
     for codec in (DENSE, BITMASK, BITMASK2, rle(), COO, CSR, nm(), ALPHA_TAG, ALPHA, ALPHA_ENTROPY)
 }
 """With their usual parameters; the others are written `rle(6)`, `nm(1:4)`."""
+
+
+def register_codec(codec: Codec) -> Codec:
+    """Make a codec of one's own known by its name, to everything in this process: packing and unpacking, the ledger,
+    configurations. Returns it. `check_codec` tells whether it keeps its word.
+
+    Raises CodecError for what is not a codec, and for a name that another one has or that is not made of lower case
+    letters, digits and _, the first a letter.
+    """
+    if not isinstance(codec, Codec):
+        raise CodecError(f"what is registered must be a Codec (got {type(codec).__name__})")
+    if not re.fullmatch("[a-z][a-z0-9_]*", codec.name):
+        message = "must be made of lower case letters, digits and _, the first a letter"
+        raise CodecError(f"a codec's name {message} (got {codec.name!r})")
+    if CODECS.setdefault(codec.name, codec) is not codec:
+        raise CodecError(f"there is another codec {codec.name!r}")
+    return codec
 
 
 def find_codec(name: str) -> Codec:

@@ -99,15 +99,17 @@ def part(function: Callable[..., Any], name: str, **bound: Any) -> Any:
     return scalar(renamed(function, name, {**function.__globals__, **bound}))
 
 
-def kernel(loop: Callable[..., None], name: str = "", **bound: Any) -> Kernel:
-    """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk.
+def kernel(loop: Callable[..., None], name: str = "", cached: bool = True, **bound: Any) -> Kernel:
+    """Compile `loop(start, stop, *arguments)` without the interpreter lock, serial and parallel, cached on disk unless
+    it calls functions from outside `accel`, of which the cache would not notice a change.
 
     bound: what names that the loop uses mean, for loops over several scalar functions; each such kernel has a `name`,
     because numba tells cached functions apart by name.
     """
     name = name or loop.__name__
     with cache_in(CACHE_FOLDER):
-        return Kernel(numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **OPTIONS))
+        options = {**OPTIONS, "cache": CACHED and cached}
+        return Kernel(numba.njit(renamed(loop, name, {**loop.__globals__, **bound}), **options))
 
 
 @contextmanager

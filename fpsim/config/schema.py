@@ -538,14 +538,26 @@ Refresh = Annotated[
 ]
 
 
+def _known_policy(name: str) -> str:
+    from fpsim.gradients.policies import known_policy
+
+    return known_policy(name)
+
+
+POLICIES = ("homogeneous", "heterogeneous", "topk", "topk_stochastic", "atp", "laplace", "none")
+_OWN_NAME = {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"}
+Policy = Annotated[str, AfterValidator(_known_policy), WithJsonSchema({"anyOf": [{"enum": list(POLICIES)}, _OWN_NAME]})]
+
+
 class Pruning(Section):
     """Pruning of the neural gradients."""
 
-    policy: Literal["homogeneous", "heterogeneous", "topk", "topk_stochastic", "atp", "laplace", "none"] = "homogeneous"
+    policy: Policy = "homogeneous"
     """homogeneous: the same sparsity in every layer; heterogeneous: the same cosine between the gradient and the pruned
     one in every layer, for the sparsity asked on average over all elements; topk: the smallest magnitudes become zero,
     none +-alpha (SAW); topk_stochastic: the smallest are pruned stochastically; atp, laplace: thresholds of a normal
-    and of a Laplace distribution with the mean magnitude; none: nothing is pruned, only measured."""
+    and of a Laplace distribution with the mean magnitude; none: nothing is pruned, only measured; or one that a module
+    of your own has registered."""
     sparsity: Fraction
     """Share of zeros asked for."""
     threshold: Literal["empirical", "lognormal"] = "empirical"
@@ -564,7 +576,9 @@ class Pruning(Section):
         """Steps between new thresholds, or "epoch"."""
         if self.refresh is not None:
             return self.refresh
-        if self.policy in ("atp", "laplace"):
+        from fpsim.gradients.policies import FOLLOWING, is_own
+
+        if self.policy in ("atp", "laplace") or (is_own(self.policy) and self.policy not in FOLLOWING):
             return 1
         return 10 if self.threshold == "empirical" else "epoch"
 
@@ -585,7 +599,10 @@ class Pruning(Section):
 def _known_codec(name: str) -> str:
     import accel
 
-    accel.find_codec(name)
+    try:
+        accel.find_codec(name)
+    except accel.CodecError as error:
+        raise ValueError(f"{error}, and your own by --import MODULE") from None
     return name
 
 

@@ -16,20 +16,11 @@ from torch import Tensor
 
 from accel import Counts
 from fpsim.config.schema import Pruning
+from fpsim.errors import RunError, place_of
 from fpsim.gradients import thresholds
+from fpsim.gradients.policies import FOLLOWING, RULES, is_own
 from fpsim.ranges import STATISTICS, spanned
 from fpsim.ranks import ALONE, Ranks
-
-RULES = {
-    "empirical": thresholds.empirical,
-    "lognormal": thresholds.lognormal,
-    "laplace": thresholds.laplace,
-    "atp": thresholds.atp,
-    "topk": thresholds.quantile,
-    "topk_stochastic": thresholds.quantile,
-    "none": lambda sample, sparsity: 0.0,
-}
-FOLLOWING = ("empirical", "topk", "topk_stochastic")  # the quantile, between renewals
 
 
 def rule_of(spec: Pruning) -> str:
@@ -107,9 +98,22 @@ class LayerPruning:
     def ask(self, sparsity: float, sample: np.ndarray) -> None:
         """From now on the layer is asked for another sparsity: alpha becomes what that calls for, given a sample."""
         self.asked = sparsity
-        self.alpha = RULES[rule_of(self.spec)](sample, sparsity)
+        self.alpha = self._solved(sample, sparsity)
         quantile = self._quantile(sample)
         self.quantile_ratio = self.alpha / quantile if quantile else 0.0
+
+    def _solved(self, sample: np.ndarray, sparsity: float) -> float:
+        """What the rule says. Raises RunError for what one of the user's own raises, and for an alpha that is none."""
+        rule, name = RULES[rule_of(self.spec)], self.spec.policy
+        if not is_own(name):
+            return rule(sample, sparsity)
+        try:
+            alpha = float(rule(sample.copy(), sparsity))
+        except Exception as error:
+            raise RunError(f"policy {name!r} raised {type(error).__name__}: {error}{place_of(error)}") from error
+        if not 0 <= alpha < math.inf:
+            raise RunError(f"policy {name!r} gave an alpha that is not finite and >= 0 (got {alpha})")
+        return alpha
 
     def _quantile(self, sample: np.ndarray) -> float:
         return thresholds.quantile(sample, self.asked)

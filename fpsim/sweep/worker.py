@@ -36,9 +36,10 @@ def train(config_yaml: str, run_dir: str, topic: str) -> str:
 
 
 def _train(config_yaml: str, folder: Path) -> dict[str, Any]:
-    from fpsim import memory  # before torch, see accel/kernels/openmp.py
+    from fpsim import extensions, memory  # before torch, see accel/kernels/openmp.py
 
     memory.keep_freed_memory()
+    extensions.import_of_environment()
 
     import torch
 
