@@ -111,7 +111,10 @@ def check_command(line: str, place: str) -> None:
         return
     assert program == "fpsim", f"{place}: {line}"
     verb, *arguments = arguments
-    given: dict[str, Any] = get_command(app).commands[verb].make_context(verb, arguments).params  # type: ignore[attr-defined]
+    try:
+        given: dict[str, Any] = get_command(app).commands[verb].make_context(verb, arguments).params  # type: ignore
+    except Exception as error:  # of the click that comes inside typer, or the one beside it
+        raise AssertionError(f"{place}: {line}\n{error}") from error
     if verb == "run":
         load_config(given["config"], given["overrides"] or [])
     elif verb == "reproduce":
