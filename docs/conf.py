@@ -15,8 +15,9 @@ from sphinx.application import Sphinx
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-import accel  # noqa: E402, F401  (before torch)
 import generate  # noqa: E402
+
+import accel  # noqa: E402, F401  (before torch)
 
 project = "fpsim"
 copyright = "the authors of fpsim, Apache-2.0"
