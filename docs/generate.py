@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from accel import Machine
 from fpsim.config import json_schema
 from fpsim.files import write_text
+from fpsim.report.results import Results
 from fpsim.sweep.schema import json_schema as sweep_schema
 
 Schema = dict[str, Any]
@@ -23,13 +26,14 @@ NOT_NAMED = 2**31 - 1  # limits from here on only keep numbers within their type
 
 
 def write(folder: Path) -> None:
-    """Write configuration.md, machine.md, sweep.md and commands.md for the pages that include them."""
+    """Write configuration.md, machine.md, sweep.md, results.md and commands.md for the pages that include them."""
     folder.mkdir(exist_ok=True)
     machine = Machine.model_json_schema()
     of_machines = {*machine["$defs"], "Machine"}
     write_text(folder / "configuration.md", keys_of(json_schema(), "configuration", skip=of_machines))
     write_text(folder / "machine.md", keys_of(machine, "machine"))
     write_text(folder / "sweep.md", keys_of(sweep_schema(), "sweep"))
+    write_text(folder / "results.md", keys_of(TypeAdapter(Results).json_schema(), "results"))
     write_text(folder / "commands.md", commands())
 
 
@@ -79,17 +83,16 @@ def _section(schema: Schema, title: str, anchor: str, file: str, definitions: Sc
     lines = [f"({anchor})=", f"## {title}", "", _text(schema.get("description", "")), ""]
     for key, value in schema.get("properties", {}).items():
         default = f", default `{json.dumps(value['default'])}`" if "default" in value and "const" not in value else ""
-        lines += [
-            f"`{key}` : {_kind(value, file, definitions)}{default}",
-            f": {_text(value.get('description') or _described(value, definitions))}",
-            "",
-        ]
-    return "\n".join(lines)
+        written = f"`{key}` : {_kind(value, file, definitions)}{default}"
+        text = _text(value.get("description") or _described(value, definitions))
+        lines += [written, f": {text}", ""] if text else [f"- {written}"]
+    return "\n".join([*lines, ""])
 
 
 def _described(value: Schema, definitions: Schema) -> str:
-    """Of a key without a description: that of the only mapping that it takes."""
-    return definitions[_referred(value)[0]].get("description", "-")
+    """Of a key without a description: that of the only mapping that it takes, if any."""
+    referred = _referred(value)
+    return definitions[referred[0]].get("description", "") if len(referred) == 1 else ""
 
 
 def _kind(value: Schema, file: str, definitions: Schema) -> str:
@@ -106,6 +109,10 @@ def _kind(value: Schema, file: str, definitions: Schema) -> str:
     if "const" in value:
         return f"`{_plain(value['const'])}`"
     kind = value.get("type", "any value")
+    if isinstance(below := value.get("additionalProperties"), dict) and below:
+        return f"mapping to: {_kind(below, file, definitions)}"
+    if kind == "object":
+        return "mapping"
     if kind == "array":
         return f"list of: {_kind(value.get('items', {}), file, definitions)}"
     limits = [f"{sign} {value[key]:g}" for key, sign in LIMITS.items() if abs(value.get(key, NOT_NAMED)) < NOT_NAMED]
