@@ -30,11 +30,11 @@ from fpsim.config.schema import Config
 from fpsim.figures import FIGURES
 
 ROOT = Path(__file__).parents[1]
-CI_RUNS = ("make demo", "make test", "make docs")  # .ci/run has these as its own steps, and one of them runs this
+NOT_HERE = ("make demo", "make test", "make docs")  # minutes; this is a part of the second, test_docs_build the third
 INSTALLS = ("make install", "pip install ")  # the environment that this runs in came from them
 SECONDS = 100  # for one command, also where others use the machine
 FENCE = re.compile(r"^( *)(```+)([^\n`]*)\n(.*?)^ *\2 *$", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"# (\S+\.(?:yaml|py))\n")
+NAMED = re.compile(r"# ((\S+)\.(?:yaml|py))\n")
 TYPED = re.compile(r"[|&;<>$`\\]|^\w+=")  # what needs a shell
 
 
@@ -65,7 +65,7 @@ def run_page(page: Path) -> None:
         place = f"{page.name}:{block.line}"
         named = NAMED.match(block.content)
         if block.language in ("python", "yaml") and named:
-            assert text.count(named[1]) > 1, f"{place}: nothing uses {named[1]}"
+            assert text.count(named[2]) > 1, f"{place}: nothing uses {named[1]}"
             Path(named[1]).write_text(block.content, encoding="utf-8")
         elif block.language == "python":
             exec(compile("\n" * (block.line - 1) + block.content, str(page), "exec"), names)
@@ -80,10 +80,12 @@ def run_page(page: Path) -> None:
 
 def run_command(line: str, place: str) -> None:
     """Run a command line: of fpsim in this process where that can be, else by a shell."""
-    if not line.strip() or line in CI_RUNS or line.startswith(INSTALLS):
+    words = shlex.split(line, comments=True)
+    command = " ".join(words)
+    if not words or command in NOT_HERE or command.startswith(INSTALLS):
         return
     if line.startswith("fpsim ") and not TYPED.search(line) and "--nproc" not in line:
-        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{place}: {line}\n{result.output}\n{result.exception}"
         return
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -106,8 +108,9 @@ def check_command(line: str, place: str) -> None:
     if program == "python":
         script = ROOT / arguments[0]
         assert script.is_file(), f"{place}: no {script}"
+        parsers = [path.read_text(encoding="utf-8") for path in (script, script.with_name("timing.py"))]
         options = [argument for argument in arguments if argument.startswith("--")]
-        assert all(f'"{option}"' in script.read_text(encoding="utf-8") for option in options), f"{place}: {line}"
+        assert all(f'"{option}"' in "".join(parsers) for option in options), f"{place}: {line}"
         return
     assert program == "fpsim", f"{place}: {line}"
     verb, *arguments = arguments

@@ -32,6 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: No
             del sys.modules[name]
 
 
+@pytest.mark.filterwarnings("ignore:.*(num_workers|isinstance.treespec|LeafSpec)")  # of lightning
 @pytest.mark.parametrize("page", [page.relative_to(ROOT) for page in PAGES], ids=str)
 def test_a_page(page: Path, folder: Path) -> None:
     run_page(ROOT / page)
