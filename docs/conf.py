@@ -31,6 +31,8 @@ smartquotes = False
 html_theme = "furo"
 html_title = "fpsim"
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["formulas.css"]
 html_copy_source = False
 html_show_sourcelink = False
 
@@ -45,9 +47,7 @@ FIELD = re.compile(r"[A-Za-z_0-9]+(, [A-Za-z_0-9]+)*: |Raises |Returns ")
 
 def mathml(translator: Any, node: nodes.Element) -> None:
     """Write a formula as MathML, which browsers show without scripts or fonts from elsewhere."""
-    is_block = isinstance(node, nodes.math_block)
-    written = tex2mathml(node.astext(), as_block=is_block)
-    translator.body.append(f'<div class="formula">{written}</div>' if is_block else written)
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, nodes.math_block)))
     raise nodes.SkipNode
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fpsim.config import load_config
 from fpsim.errors import ConfigError
 from tests.pages import ROOT, blocks, run_page
 
@@ -36,6 +37,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: No
 @pytest.mark.parametrize("page", [page.relative_to(ROOT) for page in PAGES], ids=str)
 def test_a_page(page: Path, folder: Path) -> None:
     run_page(ROOT / page)
+
+
+def test_the_quickstart_shows_the_demo(folder: Path) -> None:
+    shown = next(one for one in blocks((DOCS / "quickstart.md").read_text(encoding="utf-8")) if one.language == "yaml")
+    (folder / "shown.yaml").write_text(shown.content, encoding="utf-8")
+    assert load_config("shown.yaml") == load_config("quickstart")
 
 
 def test_only_measurements_have_commands_that_are_not_run() -> None:

@@ -55,4 +55,4 @@ def test_the_reference_has_every_key_and_command(built: Path) -> None:
     for key in ("saved_activations", "false_prune_rate", "scale_history", "error_feedback"):
         assert f">{key}<" in configuration
     commands = (built / "reference" / "commands.html").read_text(encoding="utf-8")
-    assert all(f"fpsim {verb}" in commands for verb in ("run", "recommend", "bench"))
+    assert all(f'id="fpsim-{verb}"' in commands for verb in ("run", "recommend", "bench"))
