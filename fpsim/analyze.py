@@ -21,7 +21,7 @@ from fpsim.float_choice import Lognormal, format_grid, grid_error
 from fpsim.gradients.thresholds import empirical, expected_sparsity
 from fpsim.gradients.thresholds import lognormal as by_lognormal
 from fpsim.lognormal import best_exponent_bits, cosine, fit, measured_cosine
-from fpsim.report.plots import COLORS, picture
+from fpsim.pictures import COLORS, picture
 from fpsim.scales import sample
 from fpsim.tensor_file import all_tensors, load_tensor
 

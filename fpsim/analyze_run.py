@@ -21,9 +21,9 @@ from fpsim.console import plain_console, print_table
 from fpsim.distributions import FAMILIES
 from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_bytes
-from fpsim.gradients.distribution import ROLES
-from fpsim.report.plots import COLORS, picture
-from fpsim.run_directory import CONFIG_FILE, GRADIENTS_FILE, SAMPLES_FILE, find_run, rows_of
+from fpsim.gradients.distribution import GRADIENTS
+from fpsim.pictures import COLORS, picture
+from fpsim.run_directory import CONFIG_FILE, DISTRIBUTIONS_FILE, SAMPLES_FILE, find_run, rows_of
 from fpsim.tensor_file import wrong_file
 
 ALL = "(all layers)"
@@ -52,19 +52,21 @@ def run_of(place: Path) -> Path:
     folder = find_run(place)
     if not (folder / CONFIG_FILE).is_file():
         raise wrong_file(place, "no such run")
-    if not (folder / GRADIENTS_FILE).is_file():
-        raise wrong_file(folder, f"has no {GRADIENTS_FILE}: the run was made by an fpsim that recorded no gradients")
+    if not (folder / DISTRIBUTIONS_FILE).is_file():
+        raise wrong_file(
+            folder, f"has no {DISTRIBUTIONS_FILE}: the run was made by an fpsim that recorded no gradients"
+        )
     return folder
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """What was recorded of each gradient, in the order of the steps. ConfigError where there is none, or damage."""
     try:
-        found = rows_of(run / GRADIENTS_FILE)
+        found = rows_of(run / DISTRIBUTIONS_FILE)
     except RunError as error:
         raise ConfigError([Problem("", str(error))]) from None
     if not found:
-        raise wrong_file(run / GRADIENTS_FILE, "is empty: nothing was recorded before the first checkpoint")
+        raise wrong_file(run / DISTRIBUTIONS_FILE, "is empty: nothing was recorded before the first checkpoint")
     return found
 
 
@@ -83,7 +85,7 @@ def of_neural_gradients(samples: list[tuple[str, Tensor]], recorded: list[dict[s
 def over_time(recorded: list[dict[str, Any]]) -> list[OverTime]:
     """All layers together, then each layer, dY before dW."""
     found = []
-    for role in ROLES:
+    for role in GRADIENTS:
         of_role = [row for row in recorded if row["role"] == role]
         if of_role:
             found.append(_over_time(role, ALL, of_role))

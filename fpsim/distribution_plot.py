@@ -14,7 +14,7 @@ from scipy import stats
 from fpsim.arguments import Floats
 from fpsim.distributions import signed_nonzeros
 from fpsim.lognormal import fit
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 
 PANELS = ("density", "log2", "qq_normal", "qq_lognormal")
 DENSITY_BINS = 40

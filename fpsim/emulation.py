@@ -236,6 +236,13 @@ class Emulator:
         return [layer.summary(name) for name, layer in self.adapting.items()]
 
     @property
+    def formats(self) -> dict[str, accel.Format | accel.BlockFormat]:
+        """The formats that the layers' tensors are stored in, by name, those chosen on the way as they now are."""
+        tensors = [one for spec in self.specs.values() for one in (spec.weights, spec.activations, spec.gradients)]
+        found = [format_of(one) for one in tensors if one is not None]
+        return {one.name: one for one in (*found, *(layer.format for layer in self.adapting.values()))}
+
+    @property
     def saved_activations(self) -> dict[str, Kept]:
         """What the latest forward pass of training keeps for backward, by kind (see `fpsim.saved`); else empty."""
         return {} if self._saved is None else dict(self._saved.kept)
@@ -415,6 +422,7 @@ class Emulator:
             rounded_x, x_scale = self._rounded_input(name, spec, x, channel_dim(module, x))
             rounded_weight, w_scale = self._rounded_weight(name, spec, weight, output_dim(module), input_dim(module))
             if self._recording:
+                self._record_operands(name, spec, x, x_scale, channel_dim(module, x), w_scale, input_dim(module))
                 with _named(f"activations of layer {name!r}"):
                     x_stored = self._stored(rounded_x, spec.activations, x_scale, channel_dim(module, x))
                 with _named(f"weight of layer {name!r}"):
@@ -487,6 +495,24 @@ class Emulator:
 
         self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    @spanned(STATISTICS)
+    def _record_operands(
+        self, name: str, spec: LayerSpec, x: Tensor, x_scale: Scale, x_dim: int, w_scale: Scale, w_dim: int
+    ) -> None:
+        """Enter X and W into the distributions, as they come to a layer in the first forward pass of a step."""
+        if self._recorder.micro_batch:
+            return
+        for role, named, tensor, ranks, stored_as, scale, dim in (
+            ("X", "activation", x.detach(), self.ranks, spec.activations, x_scale, x_dim),
+            ("W", "weight", self.masked_weight(name), ALONE, spec.weights, w_scale, w_dim),
+        ):
+            if tensor.numel() == 0 and ranks.count == 1:  # several ranks must all see the same
+                continue
+            with _named(f"{named} of layer {name!r}"):
+                self.distributions.record(self.step_number, name, role, tensor, ranks)
+            if stored_as is not None:
+                self.distributions.encoded(along(format_of(stored_as), dim), scale)
 
     def _attach_products(self, name: str, module: nn.Module, datapath: Datapath | None) -> None:
         calls: list[ModuleCall] = []
@@ -757,6 +783,7 @@ class Emulator:
             scale = self._scale(drawn if dim is None else dy, role, fmt, dim, amax, name, "gradient")
             options: dict[str, Any] = {"scale": scale, "offset": ranks.number * dy.numel()}
             options |= {"out": torch.empty_like(dy), **rounding_of(role), **self._words(call.stream)}
+            cosine = None
             if role.pruning is None:
                 rounded = accel.quantize(dy, fmt, **options)
                 alpha, counts = 0.0, accel.count_blocks(rounded) if call.micro_batch is not None else None
@@ -773,7 +800,9 @@ class Emulator:
                     rounded, counts = accel.prune_quantize(dy, alpha, fmt, **options)
                 self._count_sparsity(pruning, counts.total, ranks)
                 if call.micro_batch is not None:
-                    pruning.measure(dy, rounded, ranks)
+                    cosine = pruning.measure(dy, rounded, ranks)
+            if call.micro_batch == 0:
+                self.distributions.encoded(fmt, scale, alpha=alpha, cosine=cosine)
         if call.micro_batch is not None and counts is not None:
             with _named(f"gradient of layer {name!r}"):
                 stored = stored_tensor(rounded, counts, role, fmt, scale, alpha)

@@ -21,13 +21,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-import accel
 from accel.machine import Estimate, Row, compare
-from fpsim.config import load_config, parse_emulation
+from fpsim.config import load_config
 from fpsim.console import print_table
 from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes, write_json, write_text
-from fpsim.report.plots import COLORS, picture
+from fpsim.machine_costs import machines_named
+from fpsim.pictures import COLORS, picture
 from fpsim.report.results import load_results
 from fpsim.run_directory import CONFIG_FILE, RESULTS_FILE, ledger_of, run_folder
 
@@ -56,15 +56,12 @@ def estimate(run_dir: str | Path, machines: list[str]) -> Estimated:
     """
     folder = run_folder(run_dir)
     config = load_config(folder / CONFIG_FILE)
-    described = [_machine(name) for name in machines]
+    described = machines_named(machines)
     if not machines:
         own = None if config.emulation is None else config.emulation.machine
         if own is None:
             raise ConfigError([Problem("--machine", "is needed: the run's configuration describes no machine")])
         described = [own]
-    names = [machine.name for machine in described]
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise ConfigError([Problem("--machine", f"names the machine {twice[0]!r} twice")])
     ledger = ledger_of(folder)
     try:
         estimates = [machine.estimate(ledger) for machine in described]
@@ -72,18 +69,6 @@ def estimate(run_dir: str | Path, machines: list[str]) -> Estimated:
         raise ConfigError([Problem("", str(error), str(folder))]) from None
     steps = load_results(folder)["steps"] if (folder / RESULTS_FILE).is_file() else None
     return Estimated(folder, steps, estimates)
-
-
-def _machine(name: str) -> accel.Machine:
-    """The machine of an accelerator file, which may build on others."""
-    try:
-        found: accel.Machine | None = parse_emulation({"accelerator": name}).machine
-    except ConfigError as error:
-        problems = [Problem("--machine", one.message) if one.file is None else one for one in error.problems]
-        raise ConfigError(problems) from None
-    if found is None:
-        raise ConfigError([Problem("--machine", f"{name!r} describes no machine: it has no key `machine`")])
-    return found
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

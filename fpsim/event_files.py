@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fpsim.config import Config
 from fpsim.emulation import Emulator
+from fpsim.run_results import PASS_OF_ROLE
 from fpsim.scales import sample
 from fpsim.session import Session
 
 FOLDER = "tensorboard"
 STEP = ("loss", "accuracy_percent", "learning_rate", "gradient_sparsity", "weight_sparsity")
 EPOCH = ("test_loss", "test_accuracy_percent")
-PASS_OF_ROLE = {"gradient": "dgrad", "activation": "forward", "weight": "forward"}  # in which it stands once a use
 BINS = 64
 
 

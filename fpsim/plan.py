@@ -24,7 +24,9 @@ from fpsim.config import Config, Emulation, GradientSpec, TensorSpec, config_has
 from fpsim.config.schema import Datapath, DensePruning, SnrPruning, mac
 from fpsim.console import print_table
 from fpsim.layers import LayerSpec, format_of, matching, product_modules
+from fpsim.machine_costs import machine_costs, machines_of
 from fpsim.run_directory import new_directory
+from fpsim.run_results import distributions, over_time
 from fpsim.session import Session, forward_and_backward, set_learning_rate
 from fpsim.training import EVALUATION_BATCH, check_gradients, count_correct, cross_entropy
 from fpsim.weights.masks import ramp
@@ -132,10 +134,22 @@ def _disk(session: Session, sampled: int) -> dict[str, int]:
     rows = [row for row in (*emulator.ledger.to_data(), *emulator.ledger.products_to_data()) if row["step"] == last]
     rows += [row for row in emulator.distributions.rows if row["step"] == last]
     lines = sum(len(json.dumps(row)) + 1 for row in rows) * sampled
-    results = len(json.dumps(emulator.ledger.summary(), indent=1))
+    results = _results_bytes(session, sampled)
     samples = sum(tensor.nbytes for tensor in emulator.distributions.samples.values())
     whole = (config.training.checkpoint.keep + 1) * checkpoint + lines + results + samples
     return {"checkpoint": checkpoint, "run_directory": whole + METRICS_BYTES * session.total_steps}
+
+
+def _results_bytes(session: Session, sampled: int) -> int:
+    emulator = session.emulator
+    samples = {name: tensor.numpy() for name, tensor in emulator.distributions.samples.items()}
+    once = {
+        "ledger": emulator.ledger.summary(),
+        "distributions": distributions(emulator.distributions, samples),
+        "machines": machine_costs(machines_of(session.config), emulator.ledger),
+    }
+    steps = len(json.dumps(over_time(emulator.ledger, emulator.distributions), indent=1)) / len(emulator.ledger.steps)
+    return len(json.dumps(once, indent=1)) + int(steps * sampled)
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------

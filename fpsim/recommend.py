@@ -18,7 +18,7 @@ from fpsim.console import plain_console, print_table
 from fpsim.errors import ConfigError, Problem
 from fpsim.files import write_bytes
 from fpsim.lognormal import Fit
-from fpsim.report.plots import COLORS, WIDTH_INCHES, picture
+from fpsim.pictures import COLORS, WIDTH_INCHES, picture
 from fpsim.tensor_file import load_tensor
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")

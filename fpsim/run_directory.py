@@ -6,7 +6,8 @@ runs/<name>/<UTC time>-<config hash>/
     ledger.jsonl     what sampled steps stored and moved, tensor by tensor
     products.jsonl   what sampled steps multiplied, layer by layer
     weights.jsonl    what every renewal of the weights' masks did
-    gradients.jsonl  how the gradients of sampled steps are distributed    gradients.safetensors   samples of the latest
+    distributions.jsonl       how the tensors of sampled steps are distributed
+    distributions.safetensors samples of those of the latest one
     log.jsonl        what happened                      checkpoints/step-N/
     tensorboard/     event files, where they are wanted
     results.json     what `fpsim report` reads          .lock   held by the process that writes here
@@ -34,11 +35,11 @@ from fpsim.errors import ConfigError, Problem, RunError
 from fpsim.files import write_json, write_text
 
 CONFIG_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "config.yaml", "env.json", "results.json"
-METRICS_FILE, LEDGER_FILE, GRADIENTS_FILE = "metrics.jsonl", "ledger.jsonl", "gradients.jsonl"
+METRICS_FILE, LEDGER_FILE, DISTRIBUTIONS_FILE = "metrics.jsonl", "ledger.jsonl", "distributions.jsonl"
 WEIGHTS_FILE, PRODUCTS_FILE = "weights.jsonl", "products.jsonl"
 # files to which a run adds line by line
-LINES = (METRICS_FILE, LEDGER_FILE, PRODUCTS_FILE, GRADIENTS_FILE, WEIGHTS_FILE)
-SAMPLES_FILE, LOG_FILE, LOCK_FILE = "gradients.safetensors", "log.jsonl", ".lock"
+LINES = (METRICS_FILE, LEDGER_FILE, PRODUCTS_FILE, DISTRIBUTIONS_FILE, WEIGHTS_FILE)
+SAMPLES_FILE, LOG_FILE, LOCK_FILE = "distributions.safetensors", "log.jsonl", ".lock"
 FAILED_FOLDER, NOT_FINITE_FILE = "failed", "not_finite.safetensors"
 PROFILE_FILE, TRACE_FILE = "profile.json", "trace.json"
 

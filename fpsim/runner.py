@@ -14,7 +14,7 @@ from typing import Any
 
 import accel
 from fpsim import checkpoint
-from fpsim.config import Config, config_hash, load_config, parse_config
+from fpsim.config import Config, load_config, parse_config
 from fpsim.environment import environment
 from fpsim.errors import ConfigError, NonFiniteError, Problem, RunError, reason_of
 from fpsim.event_files import EventFiles, check_installed, event_files
@@ -35,11 +35,10 @@ from fpsim.run_directory import (
     rows_of,
     run_folder,
 )
+from fpsim.run_results import results_of
 from fpsim.session import Session, forward_and_backward, set_learning_rate
 from fpsim.stop_signals import stop_signals
 from fpsim.training import check_gradients, evaluate
-
-RESULTS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _train(session: Session, begun_as: str, profiler: StepProfiler | None = None
             session.progress.note(f"note: {note}")
         try:
             _train_steps(session, stopped, events, profiler)
-            results = _results(session)
+            results = results_of(session)
             if ranks.is_first:
                 write_json(folder / RESULTS_FILE, results)
                 _write_tables(folder)
@@ -257,35 +256,6 @@ def _end_epoch(session: Session, row: dict[str, Any]) -> dict[str, Any]:
     }
     session.history.append(end)
     return {"kind": "epoch", **end}
-
-
-def _results(session: Session) -> dict[str, Any]:
-    config, last = session.config, session.history[-1]
-    return {
-        "schema_version": RESULTS_VERSION,
-        "name": config.name,
-        "config_hash": config_hash(config),
-        "status": "completed",
-        "seed": config.seed,
-        "emulated": config.emulation is not None,
-        "epochs": config.training.epochs,
-        "steps": session.total_steps,
-        "wall_seconds": session.seconds,
-        "model": config.model.name,
-        "parameters": sum(p.numel() for p in session.model.parameters()),
-        "data": session.dataset.description,
-        "test_accuracy_percent": last["test_accuracy_percent"],
-        "best_test_accuracy_percent": max(row["test_accuracy_percent"] for row in session.history),
-        "test_loss": last["test_loss"],
-        "history": session.history,
-        "gradients": session.emulator.statistics,
-        "gradient_formats": session.emulator.gradient_formats,
-        "weight_pruning": weight_pruning.summary if (weight_pruning := session.emulator.weight_pruning) else None,
-        "ledger": session.emulator.ledger.summary(),
-        "communication": session.exchange.summary,
-        "notes": session.notes,
-        "environment": environment(session.ranks.count),
-    }
 
 
 def _stop_signals(ranks: Ranks) -> AbstractContextManager[list[str]]:

@@ -30,7 +30,7 @@ from fpsim.progress import Progress
 from fpsim.ranges import BACKWARD, DATA, FORWARD, span
 from fpsim.ranks import ALONE, Ranks
 from fpsim.run_directory import (
-    GRADIENTS_FILE,
+    DISTRIBUTIONS_FILE,
     LEDGER_FILE,
     LINES,
     METRICS_FILE,
@@ -88,7 +88,7 @@ class Session:
         self.started = time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.epoch_loss, self.epoch_correct = 0.0, 0
-        self.ledger_rows, self.product_rows, self.gradient_rows, self.weight_rows = 0, 0, 0, 0
+        self.ledger_rows, self.product_rows, self.distribution_rows, self.weight_rows = 0, 0, 0, 0
 
     def _emulate(self) -> Emulator:
         spec = self.config.emulation or Emulation(ledger=Ledger())
@@ -135,15 +135,15 @@ class Session:
             log(self.folder, event, level=level, **fields)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint below `folder`, and what is new of the ledger and of the gradients' distributions."""
+        """Write a checkpoint below `folder`, and what is new of the ledger and of the tensors' distributions."""
         self._sum_ledgers()
         of_ranks = self._of_ranks() if self.ranks.count > 1 else None
         ledger, distributions = self.emulator.ledger, self.emulator.distributions
         self.append(LEDGER_FILE, ledger.to_data(self.ledger_rows))
         self.append(PRODUCTS_FILE, ledger.products_to_data(self.product_rows))
-        self.append(GRADIENTS_FILE, distributions.rows[self.gradient_rows :])
+        self.append(DISTRIBUTIONS_FILE, distributions.rows[self.distribution_rows :])
         self.ledger_rows, self.product_rows = len(ledger.records), len(ledger.products)
-        self.gradient_rows = len(distributions.rows)
+        self.distribution_rows = len(distributions.rows)
         weight_pruning = self.emulator.weight_pruning
         if weight_pruning is not None:
             self.append(WEIGHTS_FILE, weight_pruning.rows[self.weight_rows :])
@@ -229,12 +229,12 @@ class Session:
             saved_ledger = ledger_of(self.folder)
             self.emulator.ledger.records[:] = saved_ledger.records
             self.emulator.ledger.products[:] = saved_ledger.products
-            self.emulator.distributions.rows[:] = rows_of(self.folder / GRADIENTS_FILE)
+            self.emulator.distributions.rows[:] = rows_of(self.folder / DISTRIBUTIONS_FILE)
             if self.emulator.weight_pruning is not None:
                 self.emulator.weight_pruning.rows[:] = rows_of(self.folder / WEIGHTS_FILE)
                 self.weight_rows = len(self.emulator.weight_pruning.rows)
         self.ledger_rows, self.product_rows = len(saved_ledger.records), len(saved_ledger.products)
-        self.gradient_rows = len(self.emulator.distributions.rows)
+        self.distribution_rows = len(self.emulator.distributions.rows)
 
     def load(self, saved: Path) -> None:
         """Take up a checkpoint, without the files of the run."""

@@ -13,6 +13,7 @@ from fpsim.config.load import (
     parse_config,
     parse_emulation,
     section_of,
+    what_counts,
 )
 from fpsim.config.presets import Preset, preset_folder, presets
 from fpsim.config.schema import (
@@ -58,4 +59,5 @@ __all__ = [
     "preset_folder",
     "presets",
     "section_of",
+    "what_counts",
 ]

@@ -160,6 +160,11 @@ def config_to_yaml(config: Config) -> str:
     return dump_yaml(config.model_dump())
 
 
+def what_counts(config: Config) -> dict[str, Any]:
+    """The configuration as plain data (JSON), without the keys that change neither results nor name."""
+    return config.model_dump(mode="json", exclude=set(NO_RESULTS))
+
+
 def config_hash(config: Config) -> str:
     """8 hex digits of the SHA-256 of everything that can change a run's results or its name."""
     data = config.model_dump(mode="json", exclude={**dict.fromkeys(NO_RESULTS, True), "emulation": {"machine"}})

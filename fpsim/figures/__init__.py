@@ -24,7 +24,7 @@ from fpsim.figures import (
 )
 from fpsim.figures.figure import Figure, Measured, data_overrides
 from fpsim.files import write_bytes, write_json, write_text
-from fpsim.report.plots import picture
+from fpsim.pictures import picture
 
 MODULES = (
     float_choice,

@@ -19,7 +19,7 @@ from fpsim.config import Config, load_config, parse_config
 from fpsim.config.schema import Mac, PositiveInt, Section, mac
 from fpsim.figures.figure import Figure, Measured, data_overrides, draw_plain
 from fpsim.figures.runs import summaries, train_all
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 
 PASSES = ("forward", "dgrad", "wgrad")
 

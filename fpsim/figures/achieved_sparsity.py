@@ -22,7 +22,7 @@ from fpsim.emulation import FLOAT32_MAX
 from fpsim.figures.figure import Figure, Measured
 from fpsim.figures.neural_gradients import BATCH_SIZE, NETWORKS, train
 from fpsim.gradients.pruning import LayerPruning
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 from fpsim.scales import sample
 
 SHOWN = ("resnet18", "vgg16", "densenet121")

@@ -30,7 +30,7 @@ from fpsim.float_choice import (
     model_float,
     model_grid,
 )
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 
 BITS_3A = 8
 SIGMAS_3A = (1.0, 2.0, 4.0)

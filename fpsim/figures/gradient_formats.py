@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from fpsim.config import Config, parse_config
 from fpsim.figures.figure import Figure, Measured, draw_plain
 from fpsim.figures.runs import summaries, train_all
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 
 SEEDS = 3
 FIXED = {8: (5, 4, 3, 2), 6: (4, 3, 2), 4: (3, 2)}  # bits: exponent bits

@@ -31,7 +31,7 @@ from fpsim.figures.figure import Figure, Measured
 from fpsim.gradients.thresholds import empirical, expected_sparsity, lognormal
 from fpsim.layers import matrix_layers
 from fpsim.lognormal import fit, measured_cosine
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 from fpsim.scales import sample
 from fpsim.training import data_order
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from fpsim.config import Config, parse_config
 from fpsim.figures.figure import Figure, Measured, draw_plain
 from fpsim.figures.runs import summaries, train_all
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 
 SEEDS = {"resnet18": 3, "vgg16": 3, "densenet121": 1}  # how many, by network
 ASKED = (0.8, 0.9)

@@ -18,7 +18,7 @@ from fpsim.config import Config, load_config, parse_config
 from fpsim.config.schema import ByName, Fraction, Model, PositiveInt, Section, SnrPruning
 from fpsim.figures.figure import Figure, Measured, data_overrides, draw_plain
 from fpsim.figures.runs import folder_of, summaries, train_all
-from fpsim.report.plots import COLORS
+from fpsim.pictures import COLORS
 from fpsim.report.results import Results, load_results
 
 DENSE = "dense"

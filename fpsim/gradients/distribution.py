@@ -1,7 +1,8 @@
-"""How the gradients of a training are distributed: recorded layer by layer on the steps that the ledger samples.
+"""How the tensors of a training are distributed: recorded layer by layer on the steps that the ledger samples.
 
-A neural gradient dY is recorded as it arrives at its layer, before pruning and rounding, of the first micro-batch of a
-step; a weight gradient dW after the optimizer's step: the sum over all micro-batches, with what clipping did to it.
+An input X, a weight W (with its mask) and a neural gradient dY are recorded as they arrive at their layer, before
+pruning and rounding, of the first micro-batch of a step; a weight gradient dW after the optimizer's step: the sum over
+all micro-batches, with what clipping did to it.
 Source: Chmiel et al., ICLR 2021, section 3.
 """
 
@@ -21,11 +22,12 @@ from fpsim.ranges import STATISTICS, spanned
 from fpsim.ranks import ALONE, Ranks
 from fpsim.scales import measured, sample
 
-ROLES = ("dY", "dW")
+GRADIENTS = ("dY", "dW")
+TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # dtypes whose statistics are taken as they are
 
 
 class Distributions:
-    """What is recorded. rows: one a gradient, plain data; samples: of the latest recorded step, by "role layer"."""
+    """What is recorded. rows: one a tensor, plain data; samples: of the latest recorded step, by "role layer"."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -43,13 +45,15 @@ class Distributions:
 
     @spanned(STATISTICS)
     def record(self, step: int, layer: str, role: str, x: Tensor, ranks: Ranks = ALONE) -> None:
-        """Enter a gradient, of which x may be this rank's part: of all of it elements, zeros, mean and deviation of
-        log2|x| over the nonzeros; D of seven distributions (see fpsim.distributions) of the `sample` of 4096 elements,
-        None where it has no fit."""
+        """Enter a tensor, of which x may be this rank's part: of all of it elements, zeros, mean and deviation of
+        log2|x| over the nonzeros; of gradients D of seven distributions (see fpsim.distributions) of the `sample` of
+        4096 elements, None where it has no fit."""
+        if x.dtype not in TAKEN:
+            x = x.float()
         whole = _of_all(accel.log2_statistics(x), ranks)
         taken = sample(measured(x.detach(), None, ranks)[1]).to("cpu", torch.float32, copy=True)
         values = taken.numpy()
-        can_fit = not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
+        can_fit = role in GRADIENTS and not whole.not_finite and np.count_nonzero(values) >= SMALLEST_SAMPLE
         fitted = compare(values) if can_fit else {}
         self.rows.append(
             {
@@ -64,6 +68,16 @@ class Distributions:
             }
         )
         self.samples[f"{role} {layer}"] = taken
+
+    def encoded(
+        self, fmt: accel.Format | accel.BlockFormat, scale: float | Tensor | None, **more: float | None
+    ) -> None:
+        """Add to the latest row how its tensor is stored: format, scale (1 where it has none, None for blocks; of
+        several the median, with their number in `scales`), and more."""
+        scales = scale.numel() if isinstance(scale, Tensor) else 1
+        median = float(scale.median()) if isinstance(scale, Tensor) else 1.0 if scale is None else scale
+        stored_with = None if isinstance(fmt, accel.BlockFormat) else median
+        self.rows[-1] |= {"format": fmt.name, "scale": stored_with, "scales": scales, **more}
 
 
 def _of_all(part: accel.Log2Statistics, ranks: Ranks) -> accel.Log2Statistics:

@@ -131,16 +131,19 @@ class LayerPruning:
             self.alpha_share.add(counts.alphas / counts.nonzeros)
 
     @spanned(STATISTICS)
-    def measure(self, dy: Tensor, rounded: Tensor, ranks: Ranks = ALONE) -> None:
-        """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two, of all ranks' parts;
-        nothing if dy is 0."""
+    def measure(self, dy: Tensor, rounded: Tensor, ranks: Ranks = ALONE) -> float | None:
+        """Enter the bias sum|rounded| / sum|dy| - 1 of a step and the cosine between the two, of all ranks' parts: the
+        cosine; nothing and None if dy is 0."""
         exact, kept = dy.double(), rounded.double()
         sums = exact.abs().sum(), kept.abs().sum(), exact.square().sum(), kept.square().sum(), (exact * kept).sum()
         total, kept_total, squares, kept_squares, products = ranks.totals(*(float(one) for one in sums))
-        if total:
-            norms = math.sqrt(squares * kept_squares)
-            self.bias.add(kept_total / total - 1)
-            self.cosine.add(products / norms if norms else 0.0)
+        if not total:
+            return None
+        norms = math.sqrt(squares * kept_squares)
+        cosine = products / norms if norms else 0.0
+        self.bias.add(kept_total / total - 1)
+        self.cosine.add(cosine)
+        return cosine
 
     def summary(self, layer: str) -> dict[str, Any]:
         """Asked and achieved sparsity, mean over every step, beside the lognormal rule's; bias and cosine, over the

@@ -16,6 +16,7 @@ COPIED = (
     "name", "config_hash", "status", "seed", "emulated", "epochs", "steps", "wall_seconds", "model", "parameters",
     "data", "test_accuracy_percent", "best_test_accuracy_percent", "history", "environment",
 )  # fmt: skip
+RECORDED = ("over_time", "distributions", "formats", "machines", "config")
 LIKE_FOR_LIKE = ("model", "parameters", "data", "seed", "epochs", "steps")
 
 
@@ -25,7 +26,8 @@ def comparison(results: Sequence[Results]) -> dict[str, Any]:
     `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
     measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
     in percent (weighted by elements), `weight_pruning`, `communication`, `notes` (as in results.json), `gradient_bits`
-    and `gradients` (one entry per layer), `tensors`, `history`.
+    and `gradients` (one entry per layer), `tensors`, `history`, `group` (one name for runs that differ in the seed
+    alone), and as in results.json `over_time`, `distributions`, `formats`, `machines`, `config`.
     What a run does not have is None.
     """
     labels = _labels(results)
@@ -42,6 +44,7 @@ def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs
     return {
         **{key: value for key, value in result.items() if key in COPIED},
         "label": labels[index],
+        "group": _group(results, labels, index),
         "baseline": _baseline(results, labels, index, float32_runs) if result["emulated"] else None,
         "sampled_steps": len(ledger["sampled_steps"]),
         "footprint": {"total": _sizes(footprint["total"]), "by_role": _table_of_sizes(footprint["by_role"], ROLES)},
@@ -64,16 +67,37 @@ def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs
         },
         "gradients": gradients,
         "tensors": ledger["tensors"],
+        **{key: result.get(key) for key in RECORDED},
     }
 
 
+def _group(results: Sequence[Results], labels: list[str], index: int) -> str:
+    """The name of the runs that are this one with other seeds; its own label where there is none."""
+
+    def without_seed(result: Results) -> dict[str, Any] | None:
+        config = result.get("config")
+        return None if config is None else {**config, "seed": None}
+
+    own = without_seed(results[index])
+    same = [number for number, result in enumerate(results) if own is not None and without_seed(result) == own]
+    first = same[0] if same else index
+    return f"{results[first]['name']} ({len(same)} seeds)" if len(same) > 1 else labels[index]
+
+
 def _labels(results: Sequence[Results]) -> list[str]:
-    """One distinct label per run: its name, with the configuration's hash and a number where names repeat."""
+    """One distinct label per run: its name; where names repeat with the seed, else with the configuration's hash and,
+    if need be, a number."""
     names = Counter(result["name"] for result in results)
-    labels = [
-        result["name"] if names[result["name"]] == 1 else f"{result['name']} {result['config_hash']}"
-        for result in results
-    ]
+    seeds = Counter((result["name"], result["seed"]) for result in results)
+
+    def label(result: Results) -> str:
+        name, seed = result["name"], result["seed"]
+        if names[name] == 1:
+            return name
+        is_told_by_seed = all(count == 1 for (other, _), count in seeds.items() if other == name)
+        return f"{name} seed {seed}" if is_told_by_seed else f"{name} {result['config_hash']}"
+
+    labels = [label(result) for result in results]
     repeated = {label for label, count in Counter(labels).items() if count > 1}
     return [
         f"{label} #{labels[: index + 1].count(label)}" if label in repeated else label

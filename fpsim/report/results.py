@@ -178,6 +178,128 @@ class Communication(TypedDict):
     float32_bytes_per_step: float
 
 
+class Series(TypedDict):
+    """One encoded tensor of one layer over the sampled steps; None where a step has none.
+
+    cosine: between dY and the pruned and rounded dY, of a step's first micro-batch; of pruned gradients.
+    """
+
+    layer: str
+    role: str
+    sparsity: list[float | None]
+    bits_per_element: list[float | None]
+    cosine: NotRequired[list[float | None]]
+
+
+class OverTime(TypedDict):
+    """What the ledger counted, step by step. steps: from 0."""
+
+    steps: list[int]
+    series: list[Series]
+
+
+class Log2Histogram(TypedDict):
+    """How many have log2|x| in each of the equal bins from `lowest` to `highest`."""
+
+    lowest: float
+    highest: float
+    counts: list[int]
+
+
+class Sample(TypedDict):
+    """The nonzeros of a sample of at most 4096 elements: moments of x and of log2|x|.
+
+    quantiles (of x), log2_quantiles (of log2|x|): in standard deviations from their means, at the probabilities that a
+    normal has below `sigmas`: a normal's, and a lognormal's, are equal to them.
+    """
+
+    count: int
+    mean: float
+    std: float
+    mean_log2: float
+    std_log2: float
+    log2_histogram: Log2Histogram
+    sigmas: list[float]
+    quantiles: list[float]
+    log2_quantiles: list[float]
+
+
+class TensorDistribution(TypedDict):
+    """One tensor of the latest recorded step before it was pruned and rounded; mean and deviation of log2|x| over all
+    nonzeros; statistics: D of seven distributions, of gradients.
+
+    format, scale (of several the median, with their number in `scales`; None for blocks), alpha: how it was stored;
+    None for float32. sample: None where two different magnitudes are not there.
+    """
+
+    layer: str
+    role: str
+    step: int
+    elements: int
+    zeros: int
+    mean_log2: float | None
+    std_log2: float | None
+    statistics: dict[str, float | None] | None
+    format: str | None
+    scale: float | None
+    scales: int | None
+    alpha: float | None
+    sample: Sample | None
+
+
+class Numbers(TypedDict):
+    """The numbers of a format, of a block format those of its elements; positive_numbers: up to 8 bits."""
+
+    bits: int
+    block_size: int | None
+    max: float
+    min_normal: float
+    min_subnormal: float
+    positive_numbers: list[float] | None
+
+
+class MachineTotal(TypedDict):
+    """A step under one scheme, and its parts by what binds them and by where the energy goes."""
+
+    seconds: float
+    joules: float
+    main_memory_bytes: float
+    seconds_by_bound: dict[str, float]
+    joules_by_part: dict[str, float]
+
+
+class MachineCost(TypedDict):
+    """A layer in a pass of a step under one scheme. peak_macs_per_second: at its precision, None without a product."""
+
+    seconds: float
+    joules: float
+    main_memory_bytes: float
+    bound_by: str
+    executed_macs: float
+    peak_macs_per_second: float | None
+
+
+MachineRow = TypedDict(
+    "MachineRow",
+    {"layer": str, "pass": str, "macs": float, "effectual_macs": float, "schemes": dict[str, MachineCost]},
+)
+MachineRow.__doc__ = "One layer in one pass: multiply-accumulates, those without a zero operand, costs by scheme."
+
+
+class MachineCosts(TypedDict):
+    """A step of the run on one machine (see `accel.machine`), as `encoded`, and dense in `fp32` and `bf16`.
+
+    error: why the machine cannot run it; None else.
+    """
+
+    machine: str
+    main_memory: str
+    main_memory_bytes_per_second: float
+    error: str | None
+    totals: dict[str, MachineTotal]
+    rows: list[MachineRow]
+
+
 @with_config({"strict": True})
 class Results(TypedDict):
     """The whole of results.json, schema version 1; a run that did not complete may lack its accuracy."""
@@ -204,6 +326,11 @@ class Results(TypedDict):
     ledger: LedgerSummary
     communication: NotRequired[Communication | None]
     notes: NotRequired[list[str]]
+    over_time: NotRequired[OverTime]
+    distributions: NotRequired[list[TensorDistribution]]
+    formats: NotRequired[dict[str, Numbers]]
+    machines: NotRequired[list[MachineCosts]]
+    config: NotRequired[dict[str, Any]]
     environment: dict[str, Any]
 
 

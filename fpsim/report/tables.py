@@ -196,13 +196,58 @@ def cards(run: dict[str, Any]) -> tuple[Card, ...]:
     headline = (Card("Test accuracy", f"{number(run['test_accuracy_percent'])} %", accuracy),)
     if not run["emulated"]:
         return headline
-    entropy = f"pruned layers {number(run['pruned_gradient_bits'])}, tag entropy {number(run['pruned_tag_entropy'])}"
     return (
         *headline,
-        Card("Bits per gradient element", number(run["gradient_bits"]), entropy),
+        Card("Bits per gradient element", number(run["gradient_bits"]), _bits_detail(run)),
         _ratio_card("Peak footprint", run["footprint"]["total"]),
         _ratio_card("Traffic per step", run["traffic"]["total"]),
+        *_machine_cards(run),
     )
+
+
+def _bits_detail(run: dict[str, Any]) -> str:
+    bits = run["gradient_bits"]
+    parts = [f"fp32 / encoded {number(32 / bits)}, bf16 / encoded {number(16 / bits)}" if bits else None]
+    if run["pruned_gradient_bits"] is not None:
+        parts.append(f"pruned layers {number(run['pruned_gradient_bits'])}")
+        parts.append(f"tag entropy {number(run['pruned_tag_entropy'])}")
+    return "; ".join(part for part in parts if part)
+
+
+def _machine_cards(run: dict[str, Any]) -> list[Card]:
+    """Time and energy of a step on the first machine that takes the run."""
+    on = next((one for one in run["machines"] or [] if one["totals"]), None)
+    if on is None:
+        return []
+    totals = on["totals"]
+    cards = []
+    for title, key, unit in (("Time", "seconds", "ms"), ("Energy", "joules", "mJ")):
+        encoded = totals["encoded"][key]
+        ratios = {scheme: number(total[key] / encoded) if encoded else ABSENT for scheme, total in totals.items()}
+        detail = (
+            f"bf16 / encoded {ratios.get('bf16', ABSENT)}; {1e3 * encoded:,.3g} {unit} estimated on {on['machine']}"
+        )
+        cards.append(Card(f"{title} of a step, fp32 / encoded", ratios.get("fp32", ABSENT), detail))
+    return cards
+
+
+def machine_tables(run: dict[str, Any]) -> list[Table]:
+    """What a step takes on machines, and why one cannot run it; empty where none was estimated."""
+    rows: list[tuple[str, ...]] = []
+    for one in run["machines"] or []:
+        if one["error"] is not None:
+            rows.append((one["machine"], f"cannot run it: {one['error']}", *[ABSENT] * 6))
+        encoded = one["totals"].get("encoded")
+        for scheme, total in one["totals"].items():
+            over = [
+                number(total[key] / encoded[key]) if encoded[key] else ABSENT
+                for key in ("seconds", "joules", "main_memory_bytes")
+            ]
+            measured = (1e3 * total["seconds"], 1e3 * total["joules"], total["main_memory_bytes"] / 1e6)
+            rows.append((one["machine"], scheme, *(f"{value:,.4g}" for value in measured), *over))
+    header = ("machine", "scheme", "ms", "mJ", "main memory (MB)", "x time", "x energy", "x traffic")
+    title = "A step on described machines; x: over the encoded one"
+    return [Table(title, header, tuple(rows), wraps=any(one["error"] for one in run["machines"] or []))] if rows else []
 
 
 def baseline_note(run: dict[str, Any]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from fpsim.console import print_table
-from fpsim.report.plots import COLORS, picture
+from fpsim.pictures import COLORS, picture
+from fpsim.report.page import asset, environment
 from fpsim.report.tables import ABSENT, number
 from fpsim.sweep.outcome import Outcome
 from fpsim.sweep.trials import Plan, text
@@ -52,22 +52,20 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def render_html(summary: dict[str, Any]) -> str:
-    """The same and the plots as one page: styles and images inline, no script, nothing loaded from elsewhere."""
-    environment = Environment(
-        loader=PackageLoader("fpsim.sweep", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("sweep.html").render(
-        name=summary["name"],
-        counts=counts(summary),
-        plot=Markup(pareto_svg(summary["groups"])) if _costs(summary["groups"]) else None,
-        groups=groups_table(summary),
-        trials=trials_table(summary),
-        errors=errors(summary),
-        notes=summary["notes"],
+    """The same and the plots as one page: styles and images inline, nothing loaded from elsewhere."""
+    return (
+        environment("fpsim.sweep")
+        .get_template("sweep.html")
+        .render(
+            style=asset("report.css"),
+            name=summary["name"],
+            counts=counts(summary),
+            plot=Markup(pareto_svg(summary["groups"])) if _costs(summary["groups"]) else None,
+            groups=groups_table(summary),
+            trials=trials_table(summary),
+            errors=errors(summary),
+            notes=summary["notes"],
+        )
     )
 
 

@@ -12,10 +12,10 @@ FILES = [
     ".lock",
     "checkpoints",
     "config.yaml",
+    "distributions.jsonl",
+    "distributions.safetensors",
     "env.json",
     "epochs.csv",
-    "gradients.jsonl",
-    "gradients.safetensors",
     "ledger.jsonl",
     "log.jsonl",
     "metrics.jsonl",
@@ -24,7 +24,7 @@ FILES = [
     "steps.csv",
     "weights.jsonl",
 ]
-LINES = ("metrics.jsonl", "ledger.jsonl", "products.jsonl", "gradients.jsonl", "weights.jsonl")
+LINES = ("metrics.jsonl", "ledger.jsonl", "products.jsonl", "distributions.jsonl", "weights.jsonl")
 VARYING = ("env.json", "log.jsonl", "results.json")  # times, and the machine
 STEPS, STEPS_PER_EPOCH = 10, 5
 DATA = {"name": "synthetic", "train_samples": 43, "test_samples": 16, "image_size": 4, "classes": 4}

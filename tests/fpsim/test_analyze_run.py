@@ -63,7 +63,9 @@ def test_rows_are_what_numpy_and_scipy_find_in_the_exact_gradients() -> None:
     nn.functional.cross_entropy(model(x), labels).backward()
     for hook in hooks:
         hook.remove()
-    expected = {**gradients, "dW 0": model[0].weight.grad.clone(), "dW 2": model[2].weight.grad.clone()}
+    expected = {**gradients, "X 0": x, "X 2": model[:2](x).detach()}
+    expected |= {f"dW {layer}": model[layer].weight.grad.clone() for layer in (0, 2)}
+    expected |= {f"W {layer}": model[layer].weight.detach().clone() for layer in (0, 2)}
     model.zero_grad()
     handle = fpsim.emulate(model, {})
     nn.functional.cross_entropy(model(x), labels).backward()
@@ -77,6 +79,9 @@ def test_rows_are_what_numpy_and_scipy_find_in_the_exact_gradients() -> None:
         logs = np.log2(np.abs(nonzeros))
         assert (row["step"], row["elements"], row["zeros"]) == (0, values.size, values.size - nonzeros.size)
         assert (row["mean_log2"], row["std_log2"]) == pytest.approx((logs.mean(), logs.std()), abs=1e-6)
+        if row["role"] in ("X", "W"):
+            assert row["statistics"] is None
+            continue
         d = stats.kstest(nonzeros, "norm", (nonzeros.mean(), nonzeros.std())).statistic
         assert row["statistics"]["normal"] == pytest.approx(d, abs=1e-9)
         assert all(row["statistics"].values())
@@ -92,7 +97,14 @@ def test_pruning_and_micro_batches_leave_what_is_recorded() -> None:
         for _ in range(2):
             model(torch.randn(64, 20)).square().sum().backward()
         handle.step()
-        found.append([row for row in handle.distributions.rows if row["role"] == "dY"])
+        rows = [row for row in handle.distributions.rows if row["role"] == "dY"]
+        keys = ("format", "scale", "scales", "alpha", "cosine")
+        stored = [{key: row.pop(key) for key in keys if key in row} for row in rows]
+        found.append(rows)
+    assert (stored[0]["format"], stored[0]["scales"]) == ("e5m2", 1)
+    assert stored[0]["scale"] > 0
+    assert stored[0]["alpha"] > 0
+    assert 0.1 < stored[0]["cosine"] < 1
     assert found[0] == found[1]
     assert len(found[0]) == 1
 
@@ -102,7 +114,7 @@ def test_gradients_of_zeros_have_no_fit() -> None:
     handle = fpsim.emulate(model, {})
     (model(torch.randn(64, 20)) * 0).sum().backward()
     handle.step()
-    for row in handle.distributions.rows:
+    for row in (row for row in handle.distributions.rows if row["role"] in ("dY", "dW")):
         assert row["zeros"] == row["elements"]
         assert (row["mean_log2"], row["std_log2"], row["statistics"]) == (None, None, None)
 
@@ -113,7 +125,7 @@ def test_layers_in_half_precision_are_recorded_in_float32() -> None:
     model(torch.randn(64, 20).bfloat16()).square().sum().backward()
     handle.step()
     assert {sample.dtype for sample in handle.distributions.samples.values()} == {torch.float32}
-    assert [row["role"] for row in handle.distributions.rows] == ["dY", "dW"]
+    assert [row["role"] for row in handle.distributions.rows] == ["X", "W", "dY", "dW"]
 
 
 def test_a_layer_that_did_not_run_is_not_recorded() -> None:
@@ -134,18 +146,18 @@ def test_a_layer_that_did_not_run_is_not_recorded() -> None:
 
 
 def test_a_run_leaves_rows_and_samples(folder: Path) -> None:
-    rows = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "distributions.jsonl").read_text().splitlines()]
     by_step = defaultdict(list)
     for row in rows:
         by_step[row["step"]].append((row["role"], row["layer"]))
     assert list(by_step) == RECORDED
     layers = sorted({layer for _, layer in by_step[0]})
     assert all(
-        sorted(found) == sorted((role, layer) for role in ("dW", "dY") for layer in layers)
+        sorted(found) == sorted((role, layer) for role in ("W", "X", "dW", "dY") for layer in layers)
         for found in by_step.values()
     )
-    samples = load_file(folder / "gradients.safetensors")
-    assert sorted(samples) == sorted(f"{role} {layer}" for role in ("dW", "dY") for layer in layers)
+    samples = load_file(folder / "distributions.safetensors")
+    assert sorted(samples) == sorted(f"{role} {layer}" for role in ("W", "X", "dW", "dY") for layer in layers)
     last = {f"{row['role']} {row['layer']}": row for row in rows if row["step"] == RECORDED[-1]}
     for name, sample in samples.items():
         assert sample.numel() == min(last[name]["elements"], 4096)
@@ -171,7 +183,7 @@ def test_the_json_holds_means_over_the_steps(
     out, err, code = fpsim_analyze(capsys, monkeypatch, folder.parent, "--json")  # the newest run in a folder
     assert (err, code) == ("", 0)
     written = json.loads(out)
-    rows = [json.loads(line) for line in (folder / "gradients.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "distributions.jsonl").read_text().splitlines()]
     assert written["steps"] == RECORDED
     for one in written["over_time"]:
         shown = [row for row in rows if row["role"] == one["role"] and one["layer"] in (row["layer"], "(all layers)")]
@@ -186,7 +198,7 @@ def test_the_json_holds_means_over_the_steps(
 def test_one_weight_gradient_by_name(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = next(name for name in load_file(folder / "gradients.safetensors") if name.startswith("dW"))
+    name = next(name for name in load_file(folder / "distributions.safetensors") if name.startswith("dW"))
     out, err, code = fpsim_analyze(capsys, monkeypatch, folder, "--json", "--tensor", name)
     assert (err, code) == ("", 0)
     assert [page["name"] for page in json.loads(out)["last"]] == [name]
@@ -195,10 +207,16 @@ def test_one_weight_gradient_by_name(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda run: (run / "gradients.jsonl").unlink(), "has no gradients.jsonl: the run was made by an fpsim that"),
-        (lambda run: (run / "gradients.jsonl").write_text(""), "gradients.jsonl: is empty: nothing was recorded"),
-        (lambda run: (run / "gradients.jsonl").write_text("{\n"), "gradients.jsonl:1: damaged"),
-        (lambda run: (run / "gradients.safetensors").unlink(), "gradients.safetensors: no such file"),
+        (
+            lambda run: (run / "distributions.jsonl").unlink(),
+            "has no distributions.jsonl: the run was made by an fpsim that",
+        ),
+        (
+            lambda run: (run / "distributions.jsonl").write_text(""),
+            "distributions.jsonl: is empty: nothing was recorded",
+        ),
+        (lambda run: (run / "distributions.jsonl").write_text("{\n"), "distributions.jsonl:1: damaged"),
+        (lambda run: (run / "distributions.safetensors").unlink(), "distributions.safetensors: no such file"),
         (lambda run: (run / "config.yaml").unlink(), "holds neither a run nor runs"),
     ],
 )

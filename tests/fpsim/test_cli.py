@@ -267,7 +267,7 @@ def test_run_then_resume_then_report(fpsim: Fpsim, tmp_path: Path) -> None:
     code, out, err = fpsim("report", "b", "a")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == "a/report.html"
-    assert "<svg" in (tmp_path / "a" / "report.html").read_text()
+    assert 'id="plot-accuracy"' in (tmp_path / "a" / "report.html").read_text()
     code, out, err = fpsim("report", "b", "a", "--output", "page")
     assert (tmp_path / "page" / "report.html").is_file()
     code, out, err = fpsim("report", "b", "a", "--json")

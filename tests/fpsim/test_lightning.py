@@ -107,7 +107,7 @@ def assert_same(module: nn.Module, handle: Emulator | None, model: nn.Module, ex
     assert handle.ledger.to_data() == expected.ledger.to_data()
     assert handle.ledger.products_to_data() == expected.ledger.products_to_data()
     assert handle.distributions.rows == expected.distributions.rows
-    assert {row["role"] for row in handle.distributions.rows} == {"dY", "dW"}
+    assert {row["role"] for row in handle.distributions.rows} == {"X", "W", "dY", "dW"}
     assert handle.statistics == expected.statistics
     assert handle.state_dict() == expected.state_dict()
     assert handle.weight_pruning is not None

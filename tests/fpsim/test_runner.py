@@ -407,7 +407,7 @@ def test_stopped_at_any_step_it_ends_the_same(tmp_path: Path, monkeypatch: pytes
     assert run(settings(), tmp_path / "stopped-at-the-end", quiet=True).results["status"] == "completed"
 
 
-@pytest.mark.parametrize("last_call", ["_end_epoch", "_results", "_write_tables"])
+@pytest.mark.parametrize("last_call", ["_end_epoch", "results_of", "_write_tables"])
 def test_killed_between_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_call: str) -> None:
     """In the first evaluation, where the step is in the metrics and the epoch is not, or after the last step."""
     expected = outcome(run(settings(), tmp_path / "whole", quiet=True).run_dir)

@@ -65,7 +65,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
 def test_what_a_kill_left_half_written_is_gone(tmp_path: Path) -> None:
     folder = run(settings(), tmp_path / "run", quiet=True).run_dir
     expected = outcome(folder)
-    (folder / ".gradients.safetensors.123.tmp").touch()
+    (folder / ".distributions.safetensors.123.tmp").touch()
     resume(folder, quiet=True)
     assert outcome(folder) == expected
 
