@@ -85,7 +85,7 @@ def _section(schema: Schema, title: str, anchor: str, file: str, definitions: Sc
         default = f", default `{json.dumps(value['default'])}`" if "default" in value and "const" not in value else ""
         written = f"`{key}` : {_kind(value, file, definitions)}{default}"
         text = _text(value.get("description") or _described(value, definitions))
-        lines += [written, f": {text}", ""] if text else [f"- {written}"]
+        lines += [written, f": {text}", ""] if text else [f"- {written}", ""]
     return "\n".join([*lines, ""])
 
 
