@@ -17,12 +17,10 @@ sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import generate  # noqa: E402
 
-import accel  # noqa: E402, F401  (before torch)
-
 project = "fpsim"
 copyright = "the authors of fpsim, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
-myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "_generated"]
 highlight_language = "text"

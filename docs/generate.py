@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def write(folder: Path) -> None:
     write_text(folder / "commands.md", commands())
 
 
-def keys_of(schema: Schema, file: str, skip: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+def keys_of(schema: Schema, file: str, skip: Collection[str] = ()) -> str:
     """Markdown of all keys of a kind of file: a section for each mapping, in the order in which one meets them."""
     places: dict[str, list[str]] = {}
     _meet(schema, "", schema["$defs"], places, skip)
@@ -51,7 +52,7 @@ def keys_of(schema: Schema, file: str, skip: set[str] = frozenset()) -> str:  # 
     return "\n".join(parts)
 
 
-def _meet(schema: Schema, path: str, definitions: Schema, places: dict[str, list[str]], skip: set[str]) -> None:
+def _meet(schema: Schema, path: str, definitions: Schema, places: dict[str, list[str]], skip: Collection[str]) -> None:
     for key, value in schema.get("properties", {}).items():
         below = f"{path}.{key}" if path else key
         for name in _referred(value):
