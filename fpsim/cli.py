@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,6 +21,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+class SchemaOf(StrEnum):
+    """What `fpsim schema` takes."""
+
+    config = "config"
+    sweep = "sweep"
+    results = "results"
+    report = "report"
+
+
+class ReportFormat(StrEnum):
+    """What `fpsim report --format` takes."""
+
+    md = "md"
+    csv = "csv"
+    json = "json"
+    html = "html"
+
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -131,19 +151,48 @@ def sweep(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of runs.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None,
+    format_name: Annotated[
+        ReportFormat | None,
+        typer.Option("--format", help="This alone: html as a file, the others on stdout or, with --output, as a file."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report.html, or report.md, .csv, .json.")] = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help="An accelerator with a machine, by name or file; may be repeated. Else those of the runs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs: tables on stdout, and report.html."""
+    """Compare runs: tables on stdout, and report.html; or in another format."""
     from rich.console import Console
 
-    from fpsim.report import comparison, load_results
-    from fpsim.report import report as write_report
+    from fpsim import report as reports
     from fpsim.run_directory import find_run
 
-    folders, console = [find_run(path) for path in runs], Console()
-    text = write_report(folders, output, width=console.width, color=console.is_terminal and not console.no_color)
-    print(json.dumps(comparison([load_results(f) for f in folders]), indent=1) if as_json else text)
+    if as_json and format_name is not None:
+        raise _mistake(f"--json and --format {format_name.value} exclude each other")
+    folders, machines, console = [find_run(path) for path in runs], machine or [], Console()
+    if format_name is not None:
+        print(reports.report_as(format_name.value, folders, output, machines=machines), end="")
+        return
+    color = console.is_terminal and not console.no_color
+    text = reports.report(folders, output, machines=machines, width=console.width, color=color)
+    print(json.dumps(reports.compared(folders, machines), indent=1) if as_json else text)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run directory, or a folder of runs (its newest).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what two runs differ in: configuration, environment, results, bits."""
+    from fpsim import differences
+
+    found = differences.differences(a, b)
+    if as_json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+    else:
+        differences.show(found)
 
 
 @app.command()
@@ -157,11 +206,21 @@ def validate(config: ConfigName, overrides: Overrides = None, nproc: Ranks = Non
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of configurations, for editors."""
-    from fpsim.config import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
+def schema(
+    of: Annotated[
+        SchemaOf, typer.Argument(metavar="[config|sweep|results|report]", help="What it describes.")
+    ] = SchemaOf.config,
+) -> None:
+    """Print a JSON Schema: of configurations and sweeps, for editors; of results.json and of the report as JSON."""
+    if of is SchemaOf.config:
+        from fpsim.config import json_schema as found
+    elif of is SchemaOf.sweep:
+        from fpsim.sweep.schema import json_schema as found
+    elif of is SchemaOf.results:
+        from fpsim.report.results import results_schema as found
+    else:
+        from fpsim.report.document import document_schema as found
+    print(json.dumps(found(), indent=2))
 
 
 @app.command()

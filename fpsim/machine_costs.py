@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import accel
 from accel.machine import Estimate, Row
 from fpsim.config import Config, parse_emulation, presets
 from fpsim.errors import ConfigError, Problem
+from fpsim.report.results import MachineCosts, MachineRow, MachineTotal
 
 
 def machine_named(name: str) -> accel.Machine:
@@ -43,24 +43,27 @@ def machines_of(config: Config) -> list[accel.Machine]:
     return [machine for machine in described if machine is not None]
 
 
-def machine_costs(machines: Sequence[accel.Machine], ledger: accel.Ledger) -> list[dict[str, Any]]:
+def machine_costs(machines: Sequence[accel.Machine], ledger: accel.Ledger) -> list[MachineCosts]:
     """A step of the ledger on each machine: totals by scheme, layers and passes; the `error` of a machine that does not
     take the run's formats. Empty where the ledger has no products."""
     return [_costs(machine, ledger) for machine in machines] if ledger.products else []
 
 
-def _costs(machine: accel.Machine, ledger: accel.Ledger) -> dict[str, Any]:
+def _costs(machine: accel.Machine, ledger: accel.Ledger) -> MachineCosts:
     main, hertz = machine.levels[-1], machine.clock_mhz * 1e6
-    described = {
+    costs: MachineCosts = {
         "machine": machine.name,
         "main_memory": main.name,
         "main_memory_bytes_per_second": main.bytes_per_cycle * hertz,
+        "error": None,
+        "totals": {},
+        "rows": [],
     }
     try:
         found = machine.estimate(ledger)
     except ValueError as error:
-        return {**described, "error": str(error), "totals": {}, "rows": []}
-    totals = {
+        return {**costs, "error": str(error)}
+    totals: dict[str, MachineTotal] = {
         scheme: {
             "seconds": total.seconds,
             "joules": total.joules,
@@ -70,10 +73,10 @@ def _costs(machine: accel.Machine, ledger: accel.Ledger) -> dict[str, Any]:
         }
         for scheme, total in found.totals().items()
     }
-    return {**described, "error": None, "totals": totals, "rows": [_row(row, found) for row in found.rows]}
+    return {**costs, "totals": totals, "rows": [_row(row, found) for row in found.rows]}
 
 
-def _row(row: Row, found: Estimate) -> dict[str, Any]:
+def _row(row: Row, found: Estimate) -> MachineRow:
     main, hertz = found.machine.levels[-1].name, found.machine.clock_mhz * 1e6
     return {
         "layer": row.layer,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fpsim.report.document import DOCUMENT_VERSION
 from fpsim.report.results import Bits, Results, TensorRecord
 
 BITS_PER_MIB = 8 * 2**20
@@ -21,18 +22,14 @@ LIKE_FOR_LIKE = ("model", "parameters", "data", "seed", "epochs", "steps")
 
 
 def comparison(results: Sequence[Results]) -> dict[str, Any]:
-    """The runs beside each other: plain data, from which the text, the HTML and the plots are made.
-
-    `runs` holds one dict per run, in the order given: its identity and accuracy, `baseline` (the float32 run it is
-    measured against), `footprint` and `traffic` (MiB, ratios = baseline / encoded), `sparsity` of the pruned gradients
-    in percent (weighted by elements), `weight_pruning`, `communication`, `notes` (as in results.json), `gradient_bits`
-    and `gradients` (one entry per layer), `tensors`, `history`, `group` (one name for runs that differ in the seed
-    alone), and as in results.json `over_time`, `distributions`, `formats`, `machines`, `config`.
-    What a run does not have is None.
-    """
+    """The runs beside each other, in the order given: plain data, from which the text, the page and all other formats
+    are made. `fpsim.report.document` describes every field."""
     labels = _labels(results)
     float32_runs = [index for index, result in enumerate(results) if not result["emulated"]]
-    return {"runs": [_run(results, labels, index, float32_runs) for index in range(len(results))]}
+    return {
+        "schema_version": DOCUMENT_VERSION,
+        "runs": [_run(results, labels, index, float32_runs) for index in range(len(results))],
+    }
 
 
 def _run(results: Sequence[Results], labels: list[str], index: int, float32_runs: list[int]) -> dict[str, Any]:

@@ -71,16 +71,7 @@ def render_html(comparison: dict[str, Any]) -> str:
 
 
 def _section(run: dict[str, Any]) -> dict[str, Any]:
-    weights = tables.weights_table(run)
-    return {
-        "run": run,
-        "weights": weights,
-        "tables": [
-            tables.footprint_table(run), *tables.traffic_tables(run), tables.gradients_table(run), weights,
-            *tables.machine_tables(run),
-        ],
-        "notes": [tables.miss_note(run), tables.weights_note(run)],
-    }  # fmt: skip
+    return {"run": run, "tables": tables.tables_of(run), "notes": tables.notes_of(run)}
 
 
 def _again(run: dict[str, Any]) -> str:

@@ -250,6 +250,18 @@ def machine_tables(run: dict[str, Any]) -> list[Table]:
     return [Table(title, header, tuple(rows), wraps=any(one["error"] for one in run["machines"] or []))] if rows else []
 
 
+def tables_of(run: dict[str, Any]) -> list[Table]:
+    """Every table of one run; those without rows have nothing to tell."""
+    return [
+        footprint_table(run), *traffic_tables(run), gradients_table(run), weights_table(run), *machine_tables(run),
+    ]  # fmt: skip
+
+
+def notes_of(run: dict[str, Any]) -> list[str]:
+    """What is to be said of them."""
+    return [note for note in (miss_note(run), weights_note(run)) if note is not None]
+
+
 def baseline_note(run: dict[str, Any]) -> str:
     """What the accuracy of an emulated run is measured against, and whether that is like for like."""
     baseline = run["baseline"]

@@ -30,14 +30,10 @@ def render_text(comparison: dict[str, Any], width: int, color: bool) -> str:
         console.print(told)
     for run in emulated:
         console.print(f"\n{run['label']}", style="bold")
-        for table in (tables.footprint_table(run), *tables.traffic_tables(run), tables.gradients_table(run)):
+        for table in tables.tables_of(run):
             if table.rows:
                 _print(console, table, width)
-        if note := tables.miss_note(run):
-            console.print(note)
-        if (table := tables.weights_table(run)).rows:
-            _print(console, table, width)
-        if note := tables.weights_note(run):
+        for note in tables.notes_of(run):
             console.print(note)
     console.print()
     console.print(tables.ledger_note(comparison))
