@@ -12,12 +12,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from accel import Machine
 from fpsim.config import json_schema
 from fpsim.files import write_text
-from fpsim.report.results import Results
+from fpsim.report.results import results_schema
 from fpsim.sweep.schema import json_schema as sweep_schema
 
 Schema = dict[str, Any]
@@ -34,7 +32,7 @@ def write(folder: Path) -> None:
     write_text(folder / "configuration.md", keys_of(json_schema(), "configuration", skip=of_machines))
     write_text(folder / "machine.md", keys_of(machine, "machine"))
     write_text(folder / "sweep.md", keys_of(sweep_schema(), "sweep"))
-    write_text(folder / "results.md", keys_of(TypeAdapter(Results).json_schema(), "results"))
+    write_text(folder / "results.md", keys_of(results_schema(), "results"))
     write_text(folder / "commands.md", commands())
 
 
