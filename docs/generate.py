@@ -135,7 +135,7 @@ def _text(description: str) -> str:
     """A description in one line; of its characters only `backticks` mean something to Markdown."""
     parts = " ".join(description.split()).split("`")
     parts[::2] = [re.sub(r"([\\*_<>\[\]$])", r"\\\1", part) for part in parts[::2]]
-    return "`".join(parts)
+    return re.sub(r"^(\d+)\.", r"\1\\.", "`".join(parts))  # no list
 
 
 def commands() -> str:
