@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FPSIM = $(VENV)/bin/fpsim
 
-.PHONY: demo test install bench clean
+.PHONY: demo test docs install bench clean
 
 install: $(VENV)/installed
 
@@ -23,8 +23,12 @@ test: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
+docs: install
+	$(VENV)/bin/python -m sphinx -q -W -n --keep-going docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 bench: install
 	$(FPSIM) bench --full
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info docs/_build docs/_generated

@@ -211,7 +211,11 @@ def _threads() -> Iterator[Found]:
     hint = f"more than the {cores} cores: set OMP_NUM_THREADS={cores}, or threads={cores} of a run"
     yield "torch", "warning" if threads > cores else "ok", shown, hint if threads > cores else ""
     accel.quantize(torch.ones(1 << 18), "e4m3fn")  # numba chooses when a loop runs
-    layer = numba.threading_layer()
+    try:
+        layer = numba.threading_layer()
+    except ValueError:  # loops on one thread need none
+        yield "numba", "ok", f"{numba.get_num_threads()}, no threading layer", ""
+        return
     hint = "" if layer == "omp" else "torch and numba have threads of their own, which wait for each other: see OpenMP"
     yield "numba", "ok" if layer == "omp" else "warning", f"{numba.get_num_threads()}, threading layer {layer}", hint
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -166,6 +167,15 @@ def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     state, shown, hint = found(doctor._threads(), "torch")
     assert (state, shown.startswith("999, ")) == ("warning", True)
     assert "OMP_NUM_THREADS=" in hint
+
+
+def test_one_thread_needs_no_threading_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uninitialized() -> str:
+        raise ValueError("Threading layer is not initialized.")
+
+    monkeypatch.setattr(doctor.numba, "threading_layer", uninitialized)
+    state, shown, _ = found(doctor._threads(), "numba")
+    assert (state, shown) == ("ok", f"{numba.get_num_threads()}, no threading layer")
 
 
 # --- GPU ------------------------------------------------------------------------------------------------------------
