@@ -45,3 +45,20 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Codecs and policies that the test registers are gone after it."""
+    from accel.codecs.registry import CODECS
+    from fpsim.gradients import policies
+
+    monkeypatch.setenv("FPSIM_IMPORT", "")
+    codecs, rules = dict(CODECS), dict(policies.RULES)
+    following, names = set(policies.FOLLOWING), list(policies.POLICIES)
+    yield
+    for now, before in ((CODECS, codecs), (policies.RULES, rules)):
+        now.clear()
+        now.update(before)
+    policies.FOLLOWING.intersection_update(following)
+    policies.POLICIES[:] = names

@@ -23,7 +23,9 @@ WITH_LONG_COMMANDS = ("docs/performance.md", "docs/results/")
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: None) -> Iterator[Path]:
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored_threads: None, own_forgotten: None
+) -> Iterator[Path]:
     """A page's own folder, and its own modules."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

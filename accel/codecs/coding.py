@@ -61,7 +61,8 @@ def pack_blocks(
                 return Body([body], np.diff(offsets), metadata, None)
         x = x.cpu().numpy()  # also where some element has no code: the loops below find the first
     most = sum((-(-fields * bits // 8) for fields, bits in cut.streams_of_full_blocks), start=np.zeros(cut.count))
-    room = most if is_built_in(cut.codec.write) else most + SLACK + SLACK_AN_ELEMENT * cut.sizes
+    is_ours = is_built_in(cut.codec.write) and cut.codec.streams.__module__.startswith("accel.")
+    room = most if is_ours else most + SLACK + SLACK_AN_ELEMENT * cut.sizes
     places = starts_of(room.astype(np.int64))
     out = np.empty(int(places[-1]), np.uint8)  # pages that nothing is written to cost nothing
     middles, ends = np.zeros(cut.count, np.int64), np.zeros(cut.count, np.int64)

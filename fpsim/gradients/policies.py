@@ -53,8 +53,8 @@ def register_policy(name: str, rule: Rule, *, following: bool = True) -> None:
 def known_policy(name: str) -> str:
     """The name itself. Raises ValueError where there is no such policy."""
     if name not in POLICIES:
-        allowed = f"{', '.join(POLICIES)}, and your own by --import MODULE"
-        raise ValueError(f"unknown policy {name!r}{nearest(name, POLICIES)}; allowed: {allowed}")
+        allowed = f"{', '.join(POLICIES)}, or your own by --import MODULE"
+        raise ValueError(f"must be {allowed} (got {name!r}){nearest(name, POLICIES)}")
     return name
 
 

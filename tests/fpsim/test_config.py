@@ -236,7 +236,8 @@ emulation:
         "c.yaml:13:81: emulation.gradients.pruning.sparsity: must be < 1 (got 1.5)",
         "c.yaml:13:95: emulation.gradients.pruning.refresh: must be a number of steps or 'epoch' (got 'epoc')",
         "c.yaml:13:109: emulation.gradients.codec: unknown codec 'alfa' (did you mean 'alpha'?); allowed: dense, "
-        "bitmask, bitmask2, rle, coo, csr, nm, alpha_tag, alpha, alpha_entropy, also rle(BITS) and nm(N:M)",
+        "bitmask, bitmask2, rle, coo, csr, nm, alpha_tag, alpha, alpha_entropy, also rle(BITS) and nm(N:M), "
+        "and your own by --import MODULE",
         "c.yaml:14:52: emulation.overrides.0.activations.format: must be the name of a format, a file or a mapping "
         "(got 8)",
     ]

@@ -252,7 +252,7 @@ def _out_of_range(schema: dict[str, Any]) -> Iterator[str]:
         yield "''"
     if "maxLength" in schema:
         yield "x" * (schema["maxLength"] + 1)
-    if "pattern" in schema and "name" in schema["title"].lower():
+    if "pattern" in schema and "name" in schema.get("title", "").lower():
         yield "../up"
     if "enum" in schema:
         yield "ZZZ"
