@@ -8,7 +8,7 @@ The document (`--json`), `a` and `b` being the runs:
     environment  the same of env.json
     results      [{name, a, b, difference, ratio}]: b - a and b / a of what was measured; empty where one is unfinished
     epochs       [{epoch, a, b}]: test accuracy in percent
-    layers       [{layer, role, name, a, b}]: bits an element and sparsity of every encoded tensor that differ
+    layers       [{layer, role, name, a, b, difference, ratio}]: bits an element and sparsity of tensors that differ
     only         {a, b}: layers that one run alone has
     bits         metrics: `equal`, or the first `step` (and `kind` of row) at which they differ, and in which `keys`;
                  weights: of the newest checkpoints, if both are of one step: `equal`, or the `tensors` that differ
@@ -17,13 +17,14 @@ The document (`--json`), `a` and `b` being the runs:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from fpsim import checkpoint
@@ -31,8 +32,8 @@ from fpsim.config import config_to_yaml, load_config
 from fpsim.config.tree import to_data
 from fpsim.config.yaml_loader import parse_yaml
 from fpsim.console import plain_console, print_table
-from fpsim.errors import ConfigError, Problem
-from fpsim.report.results import Results, load_results
+from fpsim.errors import ConfigError, Problem, RunError
+from fpsim.report.results import Results, TensorRecord, load_results
 from fpsim.run_directory import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, RESULTS_FILE, rows_of, run_folder
 
 MEASURED = {
@@ -133,40 +134,41 @@ def _measured(a: Results, b: Results) -> list[dict[str, Any]]:
         title: [run[key] for run in (a, b)]  # type: ignore[literal-required]
         for title, key in MEASURED.items()
     }
-    for title, part in (
-        ("peak footprint (MiB)", "footprint_bits"),
-        ("traffic per step (MiB)", "traffic_bits_per_step"),
+    ledgers = [run["ledger"] for run in (a, b)]
+    for title, sizes in (
+        ("peak footprint", [one["footprint_bits"] for one in ledgers]),
+        ("traffic per step", [one["traffic_bits_per_step"] for one in ledgers]),
     ):
-        values[title] = [run["ledger"][part]["total"]["encoded"] / MIB for run in (a, b)]  # type: ignore[literal-required]
+        values[f"{title} (MiB)"] = [one["total"]["encoded"] / MIB for one in sizes]
+        for role in dict.fromkeys(role for one in sizes for role in one["by_role"]):
+            bits = [one["by_role"].get(role) for one in sizes]
+            values[f"{title}, {role.replace('_', ' ')} (MiB)"] = [
+                None if one is None else one["encoded"] / MIB for one in bits
+            ]
     for role in ("gradient", "activation", "weight"):
-        for title, of in (("bits an element", _bits), ("sparsity (%)", _sparsity)):
-            values[f"{role} {title}"] = [_mean(run, role, of) for run in (a, b)]
-    rows = []
-    for name, (one, other) in values.items():
-        both = one is not None and other is not None
-        rows.append(
-            {
-                "name": name, "a": one, "b": other,
-                "difference": other - one if both else None,  # type: ignore[operator]
-                "ratio": other / one if both and one else None,  # type: ignore[operator]
-            }
-        )  # fmt: skip
-    return rows
+        for title, of in SHARES.items():
+            values[f"{role} {title}"] = [
+                _mean((tensor for tensor in one["tensors"] if tensor["role"] == role), of) for one in ledgers
+            ]
+    return [{"name": name, **_compared(*pair)} for name, pair in values.items()]
 
 
-def _bits(tensor: Any) -> float:
-    return float(tensor["bits_per_element"])
+def _bits(tensor: TensorRecord) -> float:
+    return tensor["numel"] * tensor["bits_per_element"]
 
 
-def _sparsity(tensor: Any) -> float:
-    return float(100 * (1 - tensor["nonzeros"] / tensor["numel"])) if tensor["numel"] else 0.0
+def _zeros(tensor: TensorRecord) -> float:
+    return 100 * (tensor["numel"] - tensor["nonzeros"])
 
 
-def _mean(run: Results, role: str, of: Any) -> float | None:
-    """Mean over the layers, weighted by elements."""
-    tensors = [tensor for tensor in run["ledger"]["tensors"] if tensor["role"] == role]
-    elements = sum(tensor["numel"] for tensor in tensors)
-    return sum(tensor["numel"] * of(tensor) for tensor in tensors) / elements if elements else None
+SHARES = {"bits an element": _bits, "sparsity (%)": _zeros}
+
+
+def _mean(tensors: Iterable[TensorRecord], of: Callable[[TensorRecord], float]) -> float | None:
+    """What `of` sums over the tensors, an element; None without elements."""
+    known = list(tensors)
+    elements = sum(tensor["numel"] for tensor in known)
+    return sum(of(tensor) for tensor in known) / elements if elements else None
 
 
 def _epochs(a: Results, b: Results) -> list[dict[str, Any]]:
@@ -175,22 +177,36 @@ def _epochs(a: Results, b: Results) -> list[dict[str, Any]]:
 
 
 def _layers(a: Results, b: Results) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    one, other = ({(t["layer"], t["role"]): t for t in run["ledger"]["tensors"]} for run in (a, b))
+    one, other = _by_layer(a), _by_layer(b)
     rows = []
-    for key in one:
-        if key in other:
-            for name, of in (("bits an element", _bits), ("sparsity (%)", _sparsity)):
-                values = of(one[key]), of(other[key])
+    for layer, role in one:
+        if (layer, role) in other:
+            for name, of in SHARES.items():
+                values = [_mean(found[layer, role], of) for found in (one, other)]
                 if values[0] != values[1]:
-                    rows.append({"layer": key[0], "role": key[1], "name": name, "a": values[0], "b": values[1]})
+                    rows.append({"layer": layer, "role": role, "name": name, **_compared(*values)})
     names = [list(dict.fromkeys(layer for layer, _ in found)) for found in (one, other)]
     only = {"a": [x for x in names[0] if x not in names[1]], "b": [x for x in names[1] if x not in names[0]]}
     return rows, only
 
 
+def _by_layer(run: Results) -> dict[tuple[str, str], list[TensorRecord]]:
+    """A layer's tensors of a role: several where their codec changes."""
+    found: dict[tuple[str, str], list[TensorRecord]] = {}
+    for tensor in run["ledger"]["tensors"]:
+        found.setdefault((tensor["layer"], tensor["role"]), []).append(tensor)
+    return found
+
+
+def _compared(a: float | None, b: float | None) -> dict[str, float | None]:
+    if a is None or b is None:
+        return {"a": a, "b": b, "difference": None, "ratio": None}
+    return {"a": a, "b": b, "difference": b - a, "ratio": b / a if a else None}
+
+
 def _metrics(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Any]:
     for one, other in zip_longest(a, b):
-        if one != other:
+        if json.dumps(one) != json.dumps(other):  # which tells -0 from 0
             row = one or other or {}
             keys = [key for key in row if (one or {}).get(key) != (other or {}).get(key)]
             return {"equal": False, "kind": row["kind"], "step": row["step"], "keys": keys if one and other else []}
@@ -202,10 +218,17 @@ def _weights(a: Path, b: Path) -> dict[str, Any] | None:
     newest = [checkpoint.checkpoints(folder / "checkpoints") for folder in (a, b)]
     if not all(newest) or newest[0][-1].name != newest[1][-1].name:
         return None
-    one, other = (load_file(found[-1] / checkpoint.MODEL_FILE) for found in newest)
+    one, other = (_tensors(found[-1] / checkpoint.MODEL_FILE) for found in newest)
     same = {name for name in one if name in other and _same_bits(one[name], other[name])}
     tensors = [name for name in dict.fromkeys([*one, *other]) if name not in same]
     return {"step": int(newest[0][-1].name.removeprefix("step-")), "equal": not tensors, "tensors": tensors}
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file}: cannot be read: {error}") from None
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -241,8 +264,11 @@ def show(found: Mapping[str, Any]) -> None:
         print_table(["epoch", "a", "b"], [[str(r["epoch"]), _number(r["a"]), _number(r["b"])] for r in found["epochs"]])
     if found["layers"]:
         console.print("\nlayers that differ", style="bold")
-        cells = [[r["layer"], r["role"], r["name"], _number(r["a"]), _number(r["b"])] for r in found["layers"]]
-        print_table(["layer", "tensor", "", "a", "b"], cells)
+        cells = [
+            [row["layer"], row["role"], row["name"], *(_number(row[column]) for column in ("a", "b", "ratio"))]
+            for row in found["layers"]
+        ]
+        print_table(["layer", "tensor", "", "a", "b", "b / a"], cells)
     for key, layers in found["only"].items():
         if layers:
             console.print(f"\nonly {key} has the layers {', '.join(layers)}")

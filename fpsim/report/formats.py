@@ -17,7 +17,7 @@ from accel.ledger import ALWAYS_FLOAT32, DENSE_BITS
 from fpsim.report import tables
 
 RUN_COLUMNS = (
-    "label", "name", "group", "seed", "config_hash", "emulated", "model", "data", "epochs", "steps",
+    "label", "name", "group", "seed", "config_hash", "status", "emulated", "model", "data", "epochs", "steps",
     "test_accuracy_percent",
 )  # fmt: skip
 TENSOR_COLUMNS = ("layer", "role", "format", "codec", "numel", "nonzeros", "alphas", "bits_per_element")
@@ -32,12 +32,12 @@ def render_markdown(comparison: dict[str, Any]) -> str:
     emulated = [run for run in comparison["runs"] if run["emulated"]]
     parts = [f"# {_escaped(' · '.join(run['label'] for run in comparison['runs']))}"]
     parts.append(_table(tables.runs_table(comparison)))
-    parts += [_escaped(tables.baseline_note(run)) for run in emulated]
-    parts += [_escaped(note) for note in (*tables.run_notes(comparison), tables.ledger_note(comparison))]
+    parts += [_line(tables.baseline_note(run)) for run in emulated]
+    parts += [_line(note) for note in (*tables.run_notes(comparison), tables.ledger_note(comparison))]
     for run in emulated:
         parts.append(f"## {_escaped(run['label'])}")
         parts += [f"### {_escaped(table.title)}\n\n{_table(table)}" for table in tables.tables_of(run) if table.rows]
-        parts += [_escaped(note) for note in tables.notes_of(run)]
+        parts += [_line(note) for note in tables.notes_of(run)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -52,8 +52,13 @@ def _table(table: tables.Table) -> str:
 
 def _escaped(text: str) -> str:
     """With nothing in it that Markdown or HTML would take for their own, in one line."""
-    marked = re.sub(r"[\\`*\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
+    marked = re.sub(r"[\\`*~$\[\]|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
     return marked.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _line(text: str) -> str:
+    """The same as a paragraph, which begins neither a list nor a heading."""
+    return re.sub(r"^(\d*)([-+#.)])", r"\1\\\2", _escaped(text))
 
 
 def render_csv(comparison: dict[str, Any]) -> str:
@@ -70,7 +75,9 @@ def render_csv(comparison: dict[str, Any]) -> str:
 
 def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
     gradients = {row["layer"]: row for row in run["gradients"]}
+    pruning = run["weight_pruning"]
     own = {key: run[key] for key in RUN_COLUMNS}
+    own["weight_mask_zeros_percent"] = 100 * pruning["sparsity"] if pruning else None
     rows = []
     for tensor in run["tensors"]:
         bits, role = tensor["bits_per_element"], tensor["role"]
@@ -80,7 +87,7 @@ def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 **own,
                 **{key: tensor[key] for key in TENSOR_COLUMNS},
-                "sparsity": 1 - tensor["nonzeros"] / tensor["numel"] if tensor["numel"] else None,
+                "zeros_percent": 100 * (1 - tensor["nonzeros"] / tensor["numel"]) if tensor["numel"] else None,
                 **{f"{scheme}_over_encoded": width / bits if bits else None for scheme, width in dense.items()},
                 "tag_entropy_bits_per_element": tensor["tag_entropy_bits_per_element"],
                 "order0_entropy_bits_per_element": tensor["order0_entropy_bits_per_element"],
@@ -90,6 +97,12 @@ def _rows(run: dict[str, Any]) -> list[dict[str, Any]]:
                 },
             }
         )
+    counted = {row["layer"] for row in rows if row["role"] == "gradient"}
+    rows += [
+        {**own, "layer": layer, "role": "gradient", **{f"gradient_{key}": row[key] for key in GRADIENT_COLUMNS}}
+        for layer, row in gradients.items()
+        if layer not in counted and row["asked_percent"] is not None
+    ]
     return rows or [own]
 
 

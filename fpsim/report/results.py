@@ -519,7 +519,7 @@ def load_results(run_dir: Path) -> Results:
         raise _error(run_dir, "no such run directory" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
     file = run_dir / FILE_NAME
     try:
-        data = from_json(file.read_bytes())
+        data = from_json(file.read_bytes(), allow_inf_nan=False)
     except FileNotFoundError:
         message = f"no {FILE_NAME} in it: not a run directory, or a run that has not finished (see `fpsim resume`)"
         raise _error(run_dir, message) from None

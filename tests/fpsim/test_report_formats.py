@@ -99,7 +99,7 @@ def test_markdown_has_the_tables_of_the_terminal(document: Any) -> None:
 
 
 def test_markdown_keeps_hostile_names_as_text(document: Any) -> None:
-    hostile = "<b>|x|</b> *a* _b_ `c` [d](e) \\ # & layer_1\nnew"
+    hostile = "<b>|x|</b> *a* _b_ `c` [d](e) \\ # ~~s~~ $m$ & layer_1\nnew"
     changed = json.loads(json.dumps(document))
     changed["runs"][0]["label"] = changed["runs"][0]["gradients"][0]["layer"] = hostile
     text = render_markdown(changed)
@@ -110,6 +110,16 @@ def test_markdown_keeps_hostile_names_as_text(document: Any) -> None:
     assert not re.search(r"<b>|<em>|<code>|<a ", MarkdownIt("commonmark").enable("table").render(text).split("<h3>")[0])
 
 
+@pytest.mark.parametrize("label", ["- a", "+ a", "# a", "1. a", "12) a", "> a"])
+def test_a_note_begins_no_list(label: str, document: Any) -> None:
+    changed = json.loads(json.dumps(document))
+    changed["runs"][0]["label"] = label
+    tokens = MarkdownIt("commonmark").enable("table").parse(render_markdown(changed))
+    kinds = {token.type for token in tokens}
+    assert not kinds & {"bullet_list_open", "ordered_list_open", "blockquote_open"}
+    assert sum(token.type == "heading_open" and token.tag == "h1" for token in tokens) == 1
+
+
 def test_csv_is_the_document_in_numbers(document: Any) -> None:
     rows = list(csv.DictReader(io.StringIO(render_csv(document))))
     assert len(rows) == sum(len(run["tensors"]) for run in document["runs"])
@@ -117,7 +127,7 @@ def test_csv_is_the_document_in_numbers(document: Any) -> None:
     for row, (run, tensor) in zip(rows, tensors, strict=True):
         assert (row["label"], row["layer"], row["role"]) == (run["label"], tensor["layer"], tensor["role"])
         assert float(row["bits_per_element"]) == tensor["bits_per_element"]
-        assert float(row["sparsity"]) == pytest.approx(1 - tensor["nonzeros"] / tensor["numel"], abs=1e-12)
+        assert float(row["zeros_percent"]) == pytest.approx(100 - 100 * tensor["nonzeros"] / tensor["numel"], abs=1e-9)
         assert float(row["fp32_over_encoded"]) == 32 / tensor["bits_per_element"]
         always = tensor["role"] in ("master", "optimizer_state")
         assert float(row["bf16_over_encoded"]) == (32 if always else 16) / tensor["bits_per_element"]
@@ -126,6 +136,18 @@ def test_csv_is_the_document_in_numbers(document: Any) -> None:
         assert row["gradient_asked_percent"] == ("" if asked is None else str(asked))
         for codec, bits in tensor["other_codecs_bits_per_element"].items():
             assert float(row[f"{codec}_bits_per_element"]) == bits
+
+
+def test_csv_has_what_no_step_was_sampled_for(document: Any) -> None:
+    changed = json.loads(json.dumps(document))
+    changed["runs"] = changed["runs"][:2]
+    for run in changed["runs"]:
+        run["tensors"] = []
+    rows = list(csv.DictReader(io.StringIO(render_csv(changed))))
+    pruned = [row for run in changed["runs"] for row in run["gradients"] if row["asked_percent"] is not None]
+    assert [row["layer"] for row in rows] == [row["layer"] for row in pruned]
+    assert rows[0]["gradient_asked_percent"] == "80.0"
+    assert rows[-1]["weight_mask_zeros_percent"] == str(100 * changed["runs"][1]["weight_pruning"]["sparsity"])
 
 
 def test_csv_quotes_what_it_must(document: Any) -> None:
@@ -341,6 +363,36 @@ def test_a_run_that_has_not_finished(runs: Path, tmp_path: Path, capsys: Any, mo
         f"1 tensors differ: {name}",
     ):
         assert text in out
+
+
+def test_tensors_of_two_codecs_count_both(runs: Path, tmp_path: Path) -> None:
+    """A layer whose codec changes has two entries: an element of all is compared."""
+    shutil.copytree(runs / "emulated", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    tensors = results["ledger"]["tensors"]
+    first = next(tensor for tensor in tensors if tensor["role"] == "gradient" and tensor["codec"] == "alpha")
+    tensors.append({**first, "codec": "dense", "bits_per_element": 3 * first["bits_per_element"]})
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    found = differences(runs / "emulated", tmp_path / "run")["layers"]
+    assert [(row["layer"], row["role"], row["name"]) for row in found] == [
+        (first["layer"], "gradient", "bits an element")
+    ]
+    assert found[0]["ratio"] == pytest.approx(2)
+
+
+def test_damaged_runs_are_told_in_a_line(runs: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    shutil.copytree(runs / "emulated", tmp_path / "run")
+    (newest,) = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
+    (newest / "model.safetensors").write_bytes(b"short")
+    out, err, code = fpsim_compare(capsys, monkeypatch, runs / "emulated", tmp_path / "run")
+    assert (out, code) == ("", 1)
+    assert err.startswith(f"fpsim: {newest}/model.safetensors: cannot be read: ")
+    text = (tmp_path / "run" / "results.json").read_text()
+    (tmp_path / "run" / "results.json").write_text(re.sub(r'"test_loss": [\d.]+', '"test_loss": NaN', text, count=1))
+    for verb in (("report", tmp_path / "run", "--format", "json"), ("compare", tmp_path / "run", runs / "emulated")):
+        out, err, code = command(str(verb[0]), capsys, monkeypatch, *verb[1:])
+        assert (out, code) == ("", 2)
+        assert "results.json: not valid JSON" in err
 
 
 def test_the_json_of_compare(runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
