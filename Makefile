@@ -1,6 +1,7 @@
 # Both targets are complete on a machine with Python >= 3.11, make and a C library: they make a virtual environment first.
 PYTHON ?= python3
 VENV ?= .venv
+EPOCHS ?= 10# of the demo
 FPSIM = $(VENV)/bin/fpsim
 
 .PHONY: demo test docs install bench clean
@@ -13,8 +14,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(FPSIM) run quickstart name=quickstart-fp32 emulation=null
-	$(FPSIM) run quickstart
+	$(FPSIM) run quickstart name=quickstart-fp32 emulation=null training.epochs=$(EPOCHS)
+	$(FPSIM) run quickstart training.epochs=$(EPOCHS)
 	$(FPSIM) report runs/quickstart-fp32 runs/quickstart
 
 test: install

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from fpsim.config.yaml_loader import dump_yaml
 from fpsim.report import tables
 
+MOST_NAMED = 3  # runs, in the title
 MOST_STEPS = 500  # of a layer over time
 MOST_VALUES = 360_000  # of all layers, runs and steps over time, which a page of less than 5 MB has room for
 DIGITS = 5  # significant, of a number that is drawn
@@ -55,6 +56,7 @@ def render_html(comparison: dict[str, Any]) -> str:
         .get_template("report.html")
         .render(
             runs=runs,
+            title=" · ".join(run["label"] for run in runs) if len(runs) <= MOST_NAMED else f"{len(runs)} runs",
             sections=[one for one in SECTIONS if one[0] != "weights" or any(run["weight_pruning"] for run in runs)],
             headlines=[(run, tables.cards(run)) for run in runs],
             runs_table=tables.runs_table(comparison),

@@ -56,12 +56,12 @@ function option(own) {
   return {
     animation: false,
     textStyle: { color: ink, fontFamily: getComputedStyle(document.body).fontFamily },
-    legend: { type: "scroll", top: 0, left: 0, right: 140, textStyle: { color: ink }, pageTextStyle: { color: ink }, pageIconColor: ink },
+    legend: { type: "scroll", top: 0, left: 0, right: 0, textStyle: { color: ink }, pageTextStyle: { color: ink }, pageIconColor: ink },
     toolbox: {
-      top: -2, right: 0, itemSize: 14, iconStyle: { borderColor: muted },
+      top: 10, right: 0, itemSize: 14, iconStyle: { borderColor: muted },
       feature: { dataZoom: { title: { zoom: "Zoom", back: "Zoom back" } }, restore: { title: "Reset" }, saveAsImage: { title: "Save", backgroundColor: card } },
     },
-    grid: { left: 12, right: 24, top: 40, bottom: 10 },
+    grid: { left: 12, right: 24, top: 54, bottom: 10 },
     dataZoom: [{ type: "inside", xAxisIndex: "all", filterMode: "none", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, moveOnMouseMove: "ctrl" }],
     ...own,
     tooltip: { confine: true, backgroundColor: card, borderColor: line, textStyle: { color: ink }, ...own.tooltip },
@@ -94,20 +94,20 @@ const plots = {
       const epochs = [...at.keys()].sort((a, b) => a - b);
       const points = epochs.map((epoch) => ({ epoch, mean: mean(at.get(epoch)), band: deviation(at.get(epoch)), seeds: at.get(epoch).length }));
       rows.push(...points.map((one) => [name, one.epoch, one.mean, one.band, one.seeds]));
+      series.push({
+        name, type: "line", symbol: SYMBOLS[number % SYMBOLS.length], symbolSize: 6, color: color(number),
+        lineStyle: { type: DASHES[Math.floor(number / 8) % 3] }, data: points.map((one) => [one.epoch, one.mean, one.band, one.seeds]),
+        tooltip: { formatter: ({ data }) => tip(name, `epoch ${data[0]}: ${figure(data[1])} %`, data[3] > 1 ? `± ${figure(data[2])} over ${data[3]} seeds` : "one seed") },
+      });
       if (members.length > 1)
         series.push({
-          name, type: "custom", silent: true, color: color(number), clip: true, encode: { x: 0, y: [1, 2] }, data: points.map((one) => [one.epoch, one.mean - one.band, one.mean + one.band]),
+          name, type: "custom", silent: true, z: 1, color: color(number), clip: true, encode: { x: 0, y: [1, 2] }, data: points.map((one) => [one.epoch, one.mean - one.band, one.mean + one.band]),
           renderItem: ({ dataIndex: i }, api) => {
             const [one, next] = [points[i], points[i + 1] ?? points[i]];
             const corners = [[one, -1], [one, 1], [next, 1], [next, -1]].map(([at, sign]) => api.coord([at.epoch, at.mean + sign * at.band]));
             return { type: "polygon", shape: { points: corners }, style: { fill: color(number), opacity: 0.18 } };
           },
         });
-      series.push({
-        name, type: "line", symbol: SYMBOLS[number % SYMBOLS.length], symbolSize: 6, color: color(number),
-        lineStyle: { type: DASHES[Math.floor(number / 8) % 3] }, data: points.map((one) => [one.epoch, one.mean, one.band, one.seeds]),
-        tooltip: { formatter: ({ data }) => tip(name, `epoch ${data[0]}: ${figure(data[1])} %`, data[3] > 1 ? `± ${figure(data[2])} over ${data[3]} seeds` : "one seed") },
-      });
     }
     if (!rows.length) return null;
     return {
@@ -191,7 +191,7 @@ const plots = {
       click: ({ data }) => choose("layer", layers[data[1]]),
       option: option({
         legend: { show: false },
-        grid: { left: 12, right: 90, top: 34, bottom: 10 },
+        grid: { left: 12, right: 90, top: 46, bottom: 10 },
         tooltip: { formatter: ({ data }) => tip(layers[data[1]], `step ${steps[data[0]] + 1}: ${figure(data[2])} ${metric.unit}`) },
         xAxis: { type: "category", data: steps.map((step) => step + 1), name: "step" }, yAxis: layerAxis(layers),
         visualMap: { min: low, max: high, calculable: true, right: 0, top: "middle", precision: 3, itemHeight: 150, textStyle: { color: css("--ink") }, inRange: { color: [css("--low"), css("--mid"), css("--high")] }, formatter: figure },
@@ -355,8 +355,8 @@ const plots = {
     return {
       note: `${words_} ${figure(found.elements)} elements, ${figure((100 * found.zeros) / found.elements)} % zeros.`,
       option: option({
-        grid: [{ left: 60, right: 24, top: 40, bottom: 92, outerBoundsMode: "none" }, { left: 60, right: 24, height: 30, bottom: 48, outerBoundsMode: "none" }],
-        xAxis: [{ ...axis, axisLabel: { show: false } }, { ...axis, gridIndex: 1, name: "log2 of the magnitude", splitLine: { show: false } }],
+        grid: [{ left: 60, right: 24, top: 54, bottom: 92, outerBoundsMode: "none" }, { left: 60, right: 24, height: 30, bottom: 48, outerBoundsMode: "none" }],
+        xAxis: [{ ...axis, axisLabel: { show: false } }, { ...axis, gridIndex: 1, name: "log2 of the magnitude", nameGap: 26, splitLine: { show: false } }],
         yAxis: [{ type: "value", name: "share of the nonzeros (%)" }, { type: "value", gridIndex: 1, min: -1, max: 1, show: false }],
         dataZoom: [{ type: "inside", xAxisIndex: [0, 1], filterMode: "none", zoomOnMouseWheel: "ctrl", moveOnMouseWheel: false, moveOnMouseMove: "ctrl" }],
         series: [
@@ -517,7 +517,7 @@ function draw(name, found = plots[name]()) {
   const chart = (charts[name] ??= echarts.init(place, null, { renderer: found.canvas ? "canvas" : "svg" }));
   chart.resize();
   const isNarrow = place.clientWidth < 480;
-  chart.setOption(isNarrow ? { ...found.option, toolbox: { show: false }, legend: { ...found.option.legend, right: 0 } } : found.option, { notMerge: true });
+  chart.setOption(isNarrow ? { ...found.option, toolbox: { show: false } } : found.option, { notMerge: true });
   chart.off("click");
   if (found.click) chart.on("click", found.click);
   element(`note-${name}`).textContent = found.note ?? "";
