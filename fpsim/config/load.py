@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from fpsim.config.presets import Kind, find_file, preset_files
 from fpsim.config.schema import (
     NOT_A_FORMAT,
+    OWN_NAME,
     BlockFormatSpec,
     Config,
     Emulation,
@@ -178,6 +179,7 @@ def json_schema() -> dict[str, Any]:
     keys; `load_config` checks the rest once everything is merged.
     """
     from accel.machine import Machine
+    from fpsim.gradients.policies import BUILT_IN
 
     schema = Config.model_json_schema()
     machine = Machine.model_json_schema()
@@ -185,6 +187,8 @@ def json_schema() -> dict[str, Any]:
     emulation = schema["$defs"]["Emulation"]["properties"]
     described = {"anyOf": [{"$ref": "#/$defs/Machine"}, {"type": "null"}]}
     emulation["machine"] = {key: emulation["machine"][key] for key in ("description", "default")} | described
+    policy = schema["$defs"]["Pruning"]["properties"]["policy"]
+    policy["anyOf"] = [{"enum": list(BUILT_IN)}, {key: policy.pop(key) for key in OWN_NAME}]
     required = schema["required"]
     _relax(schema)
     for own in (OwnData, OwnModel):  # which take any key, and are told by their name

@@ -544,9 +544,8 @@ def _known_policy(name: str) -> str:
     return known_policy(name)
 
 
-POLICIES = ("homogeneous", "heterogeneous", "topk", "topk_stochastic", "atp", "laplace", "none")
-_OWN_NAME = {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"}
-Policy = Annotated[str, AfterValidator(_known_policy), WithJsonSchema({"anyOf": [{"enum": list(POLICIES)}, _OWN_NAME]})]
+OWN_NAME = {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"}  # of what a module of the user's has registered
+Policy = Annotated[str, AfterValidator(_known_policy), WithJsonSchema(OWN_NAME)]
 
 
 class Pruning(Section):

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 
 from accel.formats import nearest
-from fpsim.config.schema import POLICIES as BUILT_IN
 from fpsim.gradients import thresholds
 
 Rule = Callable[..., float]  # of a sample and a sparsity
@@ -28,6 +27,7 @@ RULES: dict[str, Rule] = {
     "none": lambda sample, sparsity: 0.0,
 }
 FOLLOWING = {"empirical", "topk", "topk_stochastic"}
+BUILT_IN = ("homogeneous", "heterogeneous", "topk", "topk_stochastic", "atp", "laplace", "none")
 POLICIES = [*BUILT_IN]
 
 
