@@ -57,7 +57,7 @@ def render_html(comparison: dict[str, Any]) -> str:
         .render(
             runs=runs,
             title=" · ".join(run["label"] for run in runs) if len(runs) <= MOST_NAMED else f"{len(runs)} runs",
-            sections=[one for one in SECTIONS if one[0] != "weights" or any(run["weight_pruning"] for run in runs)],
+            sections=SECTIONS,
             headlines=[(run, tables.cards(run)) for run in runs],
             runs_table=tables.runs_table(comparison),
             sections_of_runs=[_section(run) for run in runs],

@@ -507,8 +507,10 @@ function drawSoon(names) {
     else if (found.height) element(`plot-${name}`).style.height = `${found.height}px`;
     if (visible.has(name)) draw(name, found);
   }
-  const heading = document.querySelector("h2.weights");
-  heading.hidden = ["weights", "snr"].every((name) => element(`figure-${name}`).hidden);
+  for (const part of document.querySelectorAll(".part")) {
+    part.hidden = [...part.querySelectorAll("figure")].every((figure) => figure.hidden);
+    document.querySelector(`nav a[href="#${part.querySelector("h2").id}"]`).hidden = part.hidden;
+  }
 }
 
 function draw(name, found = plots[name]()) {

@@ -132,7 +132,7 @@ def test_every_section_is_there_with_plots_and_no_complaint(browser: Browser, pa
         header, *rows = values_of(page, name)
         assert len(rows) >= 2, name
         assert {len(row) for row in rows} == {len(header)}, name
-    links = page.eval_on_selector_all("nav a", "links => links.map(a => a.getAttribute('href').slice(1))")
+    links = page.eval_on_selector_all("nav a:not([hidden])", "links => links.map(a => a.hash.slice(1))")
     assert links == ["summary", "accuracy", "storage", "weights", "machines", "tensors", "configuration"]
     assert all(page.locator(f"h2#{link}").is_visible() for link in links)
     assert page.told == []  # type: ignore[attr-defined]
@@ -324,6 +324,21 @@ def test_tables_are_there_without_javascript(browser: Browser, page_file: Path) 
     assert "The plots need JavaScript; the tables do not." in text
     assert page.locator("section.of-run:visible").count() == 4
     assert not page.locator("#controls").is_visible()
+
+
+def test_a_run_of_an_earlier_fpsim_has_what_it_noted(browser: Browser, page_file: Path, tmp_path: Path) -> None:
+    """Neither steps over time nor distributions nor machines: no empty plots, no headings without any."""
+    results = json.loads((page_file.parent / "float32" / "results.json").read_text())
+    for key in ("over_time", "distributions", "formats", "machines", "config", "weight_pruning"):
+        results.pop(key)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    report([tmp_path])
+    page = opened(browser, tmp_path / "report.html")
+    assert {name for name in PLOTS if page.locator(f"#figure-{name}").is_visible()} == {"accuracy", "pareto", "sizes"}
+    links = page.eval_on_selector_all("nav a:not([hidden])", "links => links.map(a => a.hash.slice(1))")
+    assert links == ["summary", "accuracy", "storage", "configuration"]
+    assert page.locator("h2:visible").count() == len(links)
+    assert page.told == []  # type: ignore[attr-defined]
 
 
 def test_hostile_names_stay_text(browser: Browser, page_file: Path, tmp_path: Path) -> None:
