@@ -37,7 +37,7 @@ QUICK_CASE = "width 16, batch 128, 3x32x32"
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "quantize weights and activations": [(accel, "quantize")],
     "prune + quantize gradients": [(accel, "prune_quantize")],
-    "scales": [(fpsim.emulation, "largest_magnitude"), (fpsim.emulation, "scale_of")],
+    "scales": [(fpsim.emulation, "measured"), (fpsim.emulation, "scale_of")],
     "thresholds": [(fpsim.emulation, "sample"), (LayerPruning, "threshold")],
     "statistics": [(Distributions, "record"), (LayerPruning, "measure")],
     "ledger": [
