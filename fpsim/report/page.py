@@ -7,7 +7,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from fpsim.config.yaml_loader import dump_yaml
@@ -29,9 +29,9 @@ SECTIONS = (
 
 
 def environment(package: str) -> Environment:
-    """Reads the templates of a package."""
+    """Reads the templates of a package, and the parts that all pages have."""
     return Environment(
-        loader=PackageLoader(package, "."),
+        loader=ChoiceLoader([PackageLoader(package, "."), PackageLoader("fpsim.report", ".")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
