@@ -45,11 +45,10 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The codec of the documentation, its module loaded once, registered by each test that wants it."""
     file = tmp_path_factory.mktemp("own") / "groups.py"
     file.write_text(source_of("own_codec", "groups.py"))
-    spec = importlib.util.spec_from_file_location("groups", file)
+    spec = importlib.util.spec_from_file_location("groups_of_the_page", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["groups"] = module
     spec.loader.exec_module(module)
     del CODECS["groups"]
     return module.GROUPS
