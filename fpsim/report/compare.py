@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -81,18 +81,27 @@ def _group(results: Sequence[Results], labels: list[str], index: int) -> str:
     return f"{results[first]['name']} ({len(same)} seeds)" if len(same) > 1 else labels[index]
 
 
+def _seed(run: Results) -> str:
+    return f" seed {run['seed']}"
+
+
+def _arithmetic(run: Results) -> str:
+    return " emulated" if run["emulated"] else " float32"
+
+
 def _labels(results: Sequence[Results]) -> list[str]:
-    """One distinct label per run: its name; where names repeat with the seed, else with the configuration's hash and,
-    if need be, a number."""
-    names = Counter(result["name"] for result in results)
-    seeds = Counter((result["name"], result["seed"]) for result in results)
+    """One distinct label per run: its name; where names repeat with what tells them all apart, arithmetic, seed or both,
+    else with the configuration's hash and, if need be, a number."""
+    same_name: dict[str, list[Results]] = defaultdict(list)
+    for result in results:
+        same_name[result["name"]].append(result)
 
     def label(result: Results) -> str:
-        name, seed = result["name"], result["seed"]
-        if names[name] == 1:
-            return name
-        is_told_by_seed = all(count == 1 for (other, _), count in seeds.items() if other == name)
-        return f"{name} seed {seed}" if is_told_by_seed else f"{name} {result['config_hash']}"
+        same = same_name[result["name"]]
+        for told in (lambda run: "", _seed, _arithmetic, lambda run: f"{_arithmetic(run)}{_seed(run)}"):
+            if len({told(run) for run in same}) == len(same):
+                return f"{result['name']}{told(result)}"
+        return f"{result['name']} {result['config_hash']}"
 
     labels = [label(result) for result in results]
     repeated = {label for label, count in Counter(labels).items() if count > 1}

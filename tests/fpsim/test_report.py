@@ -211,6 +211,16 @@ def test_runs_of_one_name_get_distinct_labels() -> None:
     assert labels == ["quickstart 1a2b3c4d #1", "quickstart 1a2b3c4d #2", "quickstart beef", "quickstart-fp32"]
 
 
+def test_labels_say_what_tells_runs_of_one_name_apart() -> None:
+    one = emulated_run() | {"name": "mine"}
+    by_arithmetic = [float32_run() | {"name": "mine"}, one]
+    assert [run["label"] for run in comparison(by_arithmetic)["runs"]] == ["mine float32", "mine emulated"]
+    by_seed = [*by_arithmetic, one | {"seed": 1}]
+    both = ["mine float32 seed 0", "mine emulated seed 0", "mine emulated seed 1"]
+    assert [run["label"] for run in comparison(by_seed)["runs"]] == both
+    assert [run["label"] for run in comparison(by_seed[1:])["runs"]] == ["mine seed 0", "mine seed 1"]
+
+
 def test_load_results_returns_what_was_written(write: Callable[..., Path]) -> None:
     assert load_results(write(emulated_run())) == emulated_run()
 
