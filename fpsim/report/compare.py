@@ -90,7 +90,7 @@ def _arithmetic(run: Results) -> str:
 
 
 def _labels(results: Sequence[Results]) -> list[str]:
-    """One distinct label per run: its name; where names repeat with what tells them all apart, arithmetic, seed or both,
+    """One distinct label per run: its name; where names repeat with what tells them apart: seed, arithmetic, or both;
     else with the configuration's hash and, if need be, a number."""
     same_name: dict[str, list[Results]] = defaultdict(list)
     for result in results:
